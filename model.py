@@ -1,0 +1,401 @@
+"""The language model: a pattern of layers, the parallel block, and what one does with it (logits, loss, text).
+
+The architecture is the paper's (arXiv 2501.18795, sections 2 and 5) as Command R7B ships it: one bias-free LayerNorm feeds
+attention and SwiGLU in parallel, x + attn(LN(x)) + mlp(LN(x)); tied embeddings; logits times `logit_scale`. Modules and
+weights have Hugging Face's names, so a checkpoint needs no renaming.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+import checkpoint
+from attention import (
+    LENGTH_SCALES,
+    ROPE_SCALINGS,
+    Attention,
+    Context,
+    KVCache,
+    LayerSpec,
+    choose_backend,
+    length_scale,
+    make_mask,
+    rotary_frequencies,
+    rotary_table,
+    visible_pairs,
+)
+
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # elements (b t v) the loss makes at a time; on CPU what a cache holds
+PREFILL_CHUNK = 512  # tokens of a prompt per forward, so that a long one never makes (t s) masks or (t v) logits
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides what the model computes. Raises ValueError for a value that makes no model.
+
+    `pattern` has one letter a layer and is tiled; capital sees all, small sees `window` keys:
+
+        R  RoPE, every earlier token        N  no position, every earlier token
+        r  RoPE, a window                   n  no position, a window
+
+    R is the RoPE baseline, N NoPE, RN RNoPE (paper, section 4), rrrN RNoPE-SWA (section 5), Nrrr SWAN-GPT's order.
+    """
+
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 2
+    d_model: int = 128
+    d_ff: int = 336
+    vocab_size: int = 2048
+    pattern: str = "rrrN"
+    window: int | None = None  # keys that a small letter sees, the query's own included
+    head_dim: int | None = None  # None: d_model / n_head
+    qk_norm: bool = False
+    rope_theta: float = 10_000.0
+    rope_scaling: str = "none"  # none, pi, ntk, yarn
+    rope_factor: float = 1.0  # new length / trained length
+    rope_original_length: int | None = None  # YaRN's trained length
+    length_scale: str = "none"  # of the full NoPE layers: none, swan, llama4, drope, ssmax
+    length_base: int | None = None  # None: trained_length
+    trained_length: int | None = None  # the longest length trained so far; train.py keeps it
+    logit_scale: float = 1.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size"):
+            _require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} is below 1")
+        for name in ("window", "head_dim", "rope_original_length", "trained_length"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} {value} is below 1")
+        _require(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        _require(
+            self.head_dim is not None or self.d_model % self.n_head == 0,
+            f"d_model {self.d_model} is not a multiple of n_head {self.n_head}: change one, or give head_dim",
+        )
+        _require(self.head_width % 2 == 0, f"head_dim {self.head_width} is odd: rotation turns pairs of dimensions")
+        _require(self.rope_theta > 0, f"rope_theta {self.rope_theta} is not positive")
+        _require(self.rope_factor >= 1, f"rope_factor {self.rope_factor} is below 1: it is new length / trained length")
+        _require(self.norm_eps > 0, f"norm_eps {self.norm_eps} is not positive")
+        _one_of("rope_scaling", self.rope_scaling, ROPE_SCALINGS)
+        _one_of("length_scale", self.length_scale, LENGTH_SCALES)
+        _require(self.length_base is None or self.length_base >= 2, f"length_base {self.length_base} is below 2")
+        if self.rope_scaling == "yarn":
+            _require(self.rope_original_length is not None, "rope_scaling 'yarn' needs rope_original_length, the trained length")
+        layer_plan(self)
+
+    @property
+    def head_width(self) -> int:
+        """d: dimensions of a head."""
+        return self.head_dim or self.d_model // self.n_head
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} {value!r} is unknown: use one of {', '.join(choices)}")
+
+
+def layer_plan(config: ModelConfig) -> list[LayerSpec]:
+    """The pattern, read: one LayerSpec for each layer. Raises ValueError, naming the value and the mend."""
+    pattern, window = config.pattern, config.window
+    unknown = [letter for letter in pattern if letter not in "RrNn"]
+    _require(not unknown, f"pattern {pattern!r} has an unknown letter {''.join(unknown)!r}: use R, r, N and n")
+    _require(
+        len(pattern) > 0 and config.n_layer % len(pattern) == 0,
+        f"pattern {pattern!r} ({len(pattern)} letters) does not tile {config.n_layer} layers: "
+        "make n_layer a multiple of its length",
+    )
+    _require(
+        window is not None or pattern == pattern.upper(),
+        f"pattern {pattern!r} has a windowed (small) letter and no window: give one, such as window = 64",
+    )
+    specs = [LayerSpec(rope=letter in "Rr", window=window if letter.islower() else None) for letter in pattern]
+    return specs * (config.n_layer // len(pattern))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), (b t c) -> (b t c)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attn(LN(x)) + mlp(LN(x)): one norm, two readers."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        self.self_attn = Attention(
+            config.d_model,
+            config.n_head,
+            config.n_kv_head,
+            config.head_width,
+            config.qk_norm,
+            config.length_scale == "ssmax",
+            config.norm_eps,
+        )
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, spec: LayerSpec, context: Context, layer: int) -> Tensor:
+        h = self.input_layernorm(x)
+        return x + self.self_attn(h, spec, context, layer) + self.mlp(h)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of weights x cross-entropy of scale x hidden matrix^T: hidden (n c), matrix (v c), targets and weights (n).
+
+    The gradient of the logits is softmax - one-hot, known as soon as the logits are; so each chunk of rows turns its
+    logits into gradients at once, and the (n v) logits of a long context never stand in memory.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor, scale: float) -> Tensor:
+        counted = targets != -100
+        targets = targets.clamp(min=0)
+        weights = (weights * counted).to(torch.promote_types(hidden.dtype, torch.float32))
+        matrix = matrix.to(hidden.dtype)
+        total = torch.zeros((), device=hidden.device, dtype=weights.dtype)
+        wanted = any(ctx.needs_input_grad)
+        d_hidden = torch.empty_like(hidden) if wanted else None
+        d_matrix = torch.zeros_like(matrix, dtype=weights.dtype) if wanted else None
+        rows = max(LOGITS_AT_ONCE.get(hidden.device.type, 2**26) // matrix.shape[0], 1)
+        for i in range(0, len(hidden), rows):
+            h, y, w = hidden[i : i + rows], targets[i : i + rows], weights[i : i + rows]
+            logp = F.linear(scale * h, matrix).to(w.dtype).log_softmax(-1)
+            total += F.nll_loss(logp, y, reduction="none").dot(w)
+            if wanted:
+                d_logits = logp.exp_()
+                d_logits[torch.arange(len(y), device=y.device), y] -= 1
+                d_logits = d_logits.mul_((scale * w)[:, None]).to(h.dtype)
+                d_hidden[i : i + rows] = d_logits @ matrix
+                d_matrix += d_logits.T @ h
+        ctx.save_for_backward(d_hidden, d_matrix)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total: Tensor):
+        d_hidden, d_matrix = ctx.saved_tensors
+        return d_total * d_hidden, d_total * d_matrix, None, None, None
+
+
+class Transformer(nn.Module):
+    """A decoder of `config.n_layer` blocks. How positions are treated is read from `self.config` at every forward, so
+    `model.config = replace(model.config, pattern=...)` changes it and touches no parameter."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.backend = "auto"  # the kernel of the windowed layers
+        self.recompute = False  # keep only the blocks' inputs for the backward pass (activation checkpointing)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Matrices at fan_in^-0.5, the two that write to the residual stream smaller by sqrt(2 n_layer), embeddings at 0.02."""
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                p.normal_(std=p.shape[1] ** -0.5)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                p.div_((2 * self.config.n_layer) ** 0.5)
+        self.embed_tokens.weight.normal_(std=0.02)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, weights: list | None = None) -> Tensor:
+        """Logits (b t v) of tokens (b t) int64. With a cache the tokens continue what it holds. A list given as `weights`
+        collects (attention weights (b h t s), key positions (s)) of each layer, from the written-out softmax."""
+        return self.unembed(self.hidden(tokens, cache, weights=weights))
+
+    def hidden(
+        self, tokens: Tensor, cache: KVCache | None = None, layers: list | None = None, weights: list | None = None
+    ) -> Tensor:
+        """(b t c) after the final norm. A list given as `layers` collects the residual stream: embeddings, then each block's."""
+        plan = layer_plan(self.config)
+        context = self._context(plan, tokens.shape[1], tokens.device, cache, weights)
+        x = self.embed_tokens(tokens)
+        if layers is not None:
+            layers.append(x)
+        for i, (block, spec) in enumerate(zip(self.layers, plan, strict=True)):
+            x = recompute(block, x, spec, context, i, use_reentrant=False) if self.recompute else block(x, spec, context, i)
+            if layers is not None:
+                layers.append(x)
+        return self.norm(x)
+
+    def _context(self, plan: list[LayerSpec], t: int, device, cache: KVCache | None, weights: list | None) -> Context:
+        """Positions, tables and masks: one of each kind per forward, however many layers there are."""
+        c = self.config
+        k_pos = None
+        if cache is None:
+            q_pos = torch.arange(t, device=device)
+        else:
+            assert cache.rows == self._rows(plan, cache.max_length), "this cache was made for another pattern or window"
+            q_pos, met = cache.advance(t)
+            k_pos = {spec.window: met[rows] for spec, rows in zip(plan, cache.rows)}
+        frequencies, amplitude = rotary_frequencies(
+            c.head_width, c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_original_length
+        )
+        context = Context(
+            table=rotary_table(q_pos, frequencies, amplitude),
+            scale=length_scale(c.length_scale, q_pos, c.length_base or c.trained_length),
+            backends={},
+            masks={},
+            cache=cache,
+            q_pos=None if cache is None else q_pos,
+            k_pos=k_pos,
+            weights=weights,
+        )
+        for window in {spec.window for spec in plan}:
+            full_layer_too = self.backend in ("auto", "reference", "flex")
+            backend = self.backend if window is not None or full_layer_too else "sdpa"
+            if cache is not None:  # chunks of a sequence: only the kernels that take positions
+                backend = "reference" if self.backend == "reference" else "sdpa"
+            backend = context.backends[window] = choose_backend(backend, window, t, device, cached=cache is not None)
+            if cache is None or t > 1:
+                context.masks[window] = make_mask(backend, window, t, device, context.q_pos, k_pos and k_pos[window])
+        return context
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits (b t v) of hidden (b t c)."""
+        matrix = self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        logits = F.linear(hidden, matrix)
+        return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
+
+    def loss(self, tokens: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Sum of weight x negative log-likelihood in nats, over tokens and targets (b t); a target of -100 does not count.
+
+        `weights` (b t) float; by default the mean: 1 / (number of targets that count).
+        """
+        hidden, targets = self.hidden(tokens).flatten(0, 1), targets.flatten()
+        if weights is None:
+            weights = torch.full(targets.shape, 1.0, device=targets.device) / (targets != -100).sum().clamp(min=1)
+        matrix = self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        return LinearCrossEntropy.apply(hidden, matrix, targets, weights.flatten(), self.config.logit_scale)
+
+    # Text
+
+    def _rows(self, plan: list[LayerSpec], max_length: int) -> list[int]:
+        return [min(spec.window or max_length, max_length) for spec in plan]
+
+    def new_cache(self, batch_size: int = 1, max_length: int = 8192) -> KVCache:
+        """An empty cache for this pattern, on the model's device and in its dtype."""
+        c, p = self.config, self.embed_tokens.weight
+        return KVCache(layer_plan(c), batch_size, c.n_kv_head, c.head_width, max_length, p.device, p.dtype)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Read tokens (b t) into the cache by chunks; logits (b v) for the token after the last."""
+        for chunk in tokens.split(PREFILL_CHUNK, dim=1):
+            hidden = self.hidden(chunk, cache)
+        return self.unembed(hidden[:, -1:])[:, 0]
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | None = None,
+        generator: torch.Generator | None = None,
+        cache: KVCache | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the next token (b) of every row of tokens (b t), up to max_new_tokens times. Temperature 0 is greedy.
+
+        A row that has produced `stop` repeats it; when all have, the stream ends. Raises ValueError for tokens outside the
+        vocabulary, an empty prompt, or settings out of range.
+        """
+        _require(tokens.shape[1] > 0, "the prompt is empty: give at least one token")
+        _require(max_new_tokens >= 0, f"max_new_tokens {max_new_tokens} is negative")
+        _require(temperature >= 0, f"temperature {temperature} is negative: 0 is greedy, 1 samples the model's distribution")
+        _require(top_k is None or top_k >= 1, f"top_k {top_k} is below 1")
+        _require(top_p is None or 0 < top_p <= 1, f"top_p {top_p} is not in (0, 1]")
+        low, high, v = tokens.min().item(), tokens.max().item(), self.config.vocab_size
+        _require(low >= 0 and high < v, f"token {low if low < 0 else high} is outside the vocabulary of {v}")
+        if cache is None:
+            cache = self.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+        ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        for i in range(max_new_tokens):
+            logits = self.prefill(tokens if i == 0 else token[:, None], cache)
+            token = sample_token(logits, temperature, top_k, top_p, generator)
+            if stop is not None:
+                token = torch.where(ended, stop, token)
+                ended |= token == stop
+            yield token
+            if stop is not None and ended.all():
+                return
+
+    def generate(self, tokens: Tensor, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int | None = None, **more) -> Tensor:
+        """tokens (b t) -> (b t+new): what `stream` yields, joined; it takes the same settings."""
+        new = [token[:, None] for token in self.stream(tokens, max_new_tokens, temperature, top_k, **more)]
+        return torch.cat([tokens, *new], dim=1)
+
+    # Counts
+
+    def matmul_parameters(self) -> int:
+        """N: the parameters that multiply every token. Tied embeddings count once, as the output matrix."""
+        count = sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        return count if self.config.tie_embeddings else count - self.embed_tokens.weight.numel()
+
+    def flops_per_token(self, length: int) -> float:
+        """Training FLOPs of a token in sequences of `length`: 6 N + 12 d h x visible pairs per token, summed over layers.
+
+        Only visible pairs count, so a window makes the number smaller, not the model look slower.
+        """
+        c = self.config
+        pairs = sum(visible_pairs(length, spec.window) for spec in layer_plan(c)) / length
+        return 6 * self.matmul_parameters() + 12 * c.head_width * c.n_head * pairs
+
+    # Files
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and model.safetensors into the folder `path`, in Cohere2's layout where it can express the model."""
+        checkpoint.save(path, asdict(self.config), self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "Transformer":
+        """The model in the folder `path`: ours or Hugging Face's Cohere2, sharded or not, straight to `device` and `dtype`.
+
+        Raises OSError for a missing file and ValueError for one that is damaged or asks for what is not implemented here.
+        """
+        config = ModelConfig(**checkpoint.load_config(path))
+        with torch.device("meta"):
+            model = cls(config)
+        checkpoint.load_weights(path, model, device, dtype)
+        return model.eval()
+
+
+def sample_token(
+    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """One token (b) from logits (b v): the likeliest at temperature 0, else drawn from the k likeliest that make up p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        p, order = logits.softmax(-1).sort(descending=True)
+        surplus = p.cumsum(-1) - p >= top_p  # what comes before already makes up p
+        logits = logits.masked_fill(surplus.scatter(-1, order, surplus), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
