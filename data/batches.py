@@ -1,0 +1,86 @@
+"""Batches as a function of (seed, step): exact resume, the same data at any micro-batch size, no state to save.
+
+Every sequence begins with end-of-text, the place where attention can rest (the sink of the paper's section 3).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.corpus import Corpus
+from data.needles import Example, Needles
+
+ANSWER_WEIGHT = 0.5  # of all answer tokens together, beside 1 for all tokens together
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens, targets (b t) int64 and weights (b t) float32, of which the sum over the global batch is 1 (1.5 with answers)."""
+
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    def rows(self, start: int, end: int) -> "Batch":
+        """A micro-batch. The weights were counted over the whole batch, so the losses of its parts add up to its loss."""
+        return Batch(self.tokens[start:end], self.targets[start:end], self.weights[start:end])
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on `device`."""
+        move = lambda x: x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+        return Batch(move(self.tokens), move(self.targets), move(self.weights))
+
+
+def window(ids: np.ndarray, start: int, length: int, eot: int) -> np.ndarray:
+    """(length + 1): end-of-text, then `length` tokens of plain text from `start`."""
+    return np.concatenate(([eot], ids[start : start + length])).astype(np.int64)
+
+
+def needle_counts(length: int) -> tuple[int, int]:
+    """How many needles and questions a training example of `length` has: many, so that each step teaches much."""
+    return max(4, length // 32), max(4, length // 64)
+
+
+def training_batch(corpus: Corpus, needles: Needles, seed: int, step: int, length: int, batch_tokens: int, needle_share: float) -> Batch:
+    """The global batch of `step`: batch_tokens / length sequences, of which `needle_share` carry needles."""
+    rng = np.random.default_rng([seed, step])
+    count = max(batch_tokens // length, 1)
+    with_needles = round(count * needle_share)
+    examples = [needles.example(rng, length + 1, *needle_counts(length)) for _ in range(with_needles)]
+    starts = rng.integers(len(corpus.train) - length, size=count - with_needles)
+    plain = [window(corpus.train, start, length, corpus.tokenizer.eot_token) for start in starts]
+    tokens = torch.from_numpy(np.stack([example.tokens for example in examples] + plain))
+    answers = torch.zeros(tokens.shape, dtype=torch.bool)
+    if examples:
+        answers[:with_needles] = torch.from_numpy(np.stack([example.answer >= 0 for example in examples]))
+    answers = answers[:, 1:]
+    weights = torch.full(answers.shape, 1 / answers.numel())
+    weights[answers] += ANSWER_WEIGHT / max(int(answers.sum()), 1)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights)
+
+
+def validation_windows(corpus: Corpus, length: int, count: int) -> Tensor:
+    """(count length+1) int64: the same evenly spaced windows of plain validation text every time."""
+    starts = np.linspace(0, len(corpus.val) - length, count).astype(int)
+    return torch.from_numpy(np.stack([window(corpus.val, start, length, corpus.tokenizer.eot_token) for start in starts]))
+
+
+def held_out_examples(needles: Needles, length: int, count: int, needles_each: int, questions_each: int) -> list[Example]:
+    """The same `count` needle examples of `length` tokens every time."""
+    return [needles.example(np.random.default_rng([length, i]), length, needles_each, questions_each) for i in range(count)]
+
+
+def prefetch(make: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Batch]:
+    """make(step) for each step, one ahead in a thread."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        ahead = None
+        for step in steps:
+            ready, ahead = ahead, worker.submit(make, step)
+            if ready is not None:
+                yield ready.result()
+        if ahead is not None:
+            yield ahead.result()
