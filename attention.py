@@ -344,6 +344,11 @@ class KVCache:
         """Bytes that the cache holds, all of them allocated from the start."""
         return sum(x.nbytes for x in (*self.k, *self.v, *self.positions.values()))
 
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of keys and values if every layer held everything."""
+        return sum(x.nbytes // rows * self.max_length for xs in (self.k, self.v) for x, rows in zip(xs, self.rows))
+
     def advance(self, t: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Make room for the next t tokens -> their positions (t), and for each ring size the positions (s) its queries meet.
 
@@ -415,8 +420,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, spec: LayerSpec, context: Context, layer: int) -> Tensor:
         """x (b t c) -> (b t c)."""
-        heads = (-1, self.head_dim)
-        q, k, v = self.q_proj(x).unflatten(-1, heads), self.k_proj(x).unflatten(-1, heads), self.v_proj(x).unflatten(-1, heads)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):  # before the rotation
             q, k = self.q_norm(q), self.k_norm(k)
         if spec.rope:
@@ -430,8 +434,8 @@ class Attention(nn.Module):
             k, v = context.cache.extend(layer, k, v)
             q_pos, k_pos = context.q_pos, context.k_pos[spec.window]
         if context.weights is not None:
-            q_pos, k_pos = _positions(q, k, q_pos, k_pos)
-            context.weights.append((attention_weights(q, k, spec.window, q_pos, k_pos), k_pos))
+            positions = _positions(q, k, q_pos, k_pos)
+            context.weights.append((attention_weights(q, k, spec.window, *positions), positions[1]))
         if q_pos is not None and q.shape[2] == 1:  # one query sees every key that its cache holds: no mask
             y = _sdpa(q, k, v, None)
         else:

@@ -235,7 +235,7 @@ class Transformer(nn.Module):
         if layers is not None:
             layers.append(x)
         for i, (block, spec) in enumerate(zip(self.layers, plan, strict=True)):
-            x = recompute(block, x, spec, context, i, use_reentrant=False) if self.recompute else block(x, spec, context, i)
+            x = recompute(block, x, spec, context, i, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x, spec, context, i)
             if layers is not None:
                 layers.append(x)
         return self.norm(x)
@@ -300,6 +300,18 @@ class Transformer(nn.Module):
         c, p = self.config, self.embed_tokens.weight
         return KVCache(layer_plan(c), batch_size, c.n_kv_head, c.head_width, max_length, p.device, p.dtype)
 
+    def check_settings(
+        self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None
+    ) -> None:
+        """ValueError for a prompt or settings that `stream` cannot take."""
+        _require(tokens.shape[1] > 0, "the prompt is empty: give at least one token")
+        _require(max_new_tokens >= 0, f"max_new_tokens {max_new_tokens} is negative")
+        _require(temperature >= 0, f"temperature {temperature} is negative: 0 is greedy, 1 samples the model's distribution")
+        _require(top_k is None or top_k >= 1, f"top_k {top_k} is below 1")
+        _require(top_p is None or 0 < top_p <= 1, f"top_p {top_p} is not in (0, 1]")
+        low, high, v = tokens.min().item(), tokens.max().item(), self.config.vocab_size
+        _require(low >= 0 and high < v, f"token {low if low < 0 else high} is outside the vocabulary of {v}")
+
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Read tokens (b t) into the cache by chunks; logits (b v) for the token after the last."""
@@ -321,16 +333,9 @@ class Transformer(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield the next token (b) of every row of tokens (b t), up to max_new_tokens times. Temperature 0 is greedy.
 
-        A row that has produced `stop` repeats it; when all have, the stream ends. Raises ValueError for tokens outside the
-        vocabulary, an empty prompt, or settings out of range.
+        A row that has produced `stop` repeats it; when all have, the stream ends. Raises ValueError as `check_settings` does.
         """
-        _require(tokens.shape[1] > 0, "the prompt is empty: give at least one token")
-        _require(max_new_tokens >= 0, f"max_new_tokens {max_new_tokens} is negative")
-        _require(temperature >= 0, f"temperature {temperature} is negative: 0 is greedy, 1 samples the model's distribution")
-        _require(top_k is None or top_k >= 1, f"top_k {top_k} is below 1")
-        _require(top_p is None or 0 < top_p <= 1, f"top_p {top_p} is not in (0, 1]")
-        low, high, v = tokens.min().item(), tokens.max().item(), self.config.vocab_size
-        _require(low >= 0 and high < v, f"token {low if low < 0 else high} is outside the vocabulary of {v}")
+        self.check_settings(tokens, max_new_tokens, temperature, top_k, top_p)
         if cache is None:
             cache = self.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
         ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
@@ -377,7 +382,11 @@ class Transformer(nn.Module):
 
         Raises OSError for a missing file and ValueError for one that is damaged or asks for what is not implemented here.
         """
-        config = ModelConfig(**checkpoint.load_config(path))
+        fields = checkpoint.load_config(path)
+        try:
+            config = ModelConfig(**fields)
+        except (TypeError, ValueError) as error:  # an unknown field, or a value that makes no model
+            raise ValueError(f"{Path(path) / 'config.json'} makes no model: {error}") from error
         with torch.device("meta"):
             model = cls(config)
         checkpoint.load_weights(path, model, device, dtype)

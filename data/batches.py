@@ -40,17 +40,13 @@ def window(ids: np.ndarray, start: int, length: int, eot: int) -> np.ndarray:
     return np.concatenate(([eot], ids[start : start + length])).astype(np.int64)
 
 
-def needle_counts(length: int) -> tuple[int, int]:
-    """How many needles and questions a training example of `length` has: many, so that each step teaches much."""
-    return max(4, length // 32), max(4, length // 64)
-
-
-def training_batch(corpus: Corpus, needles: Needles, seed: int, step: int, length: int, batch_tokens: int, needle_share: float) -> Batch:
+def training_batch(corpus: Corpus, needles: Needles | None, seed: int, step: int, length: int, batch_tokens: int, needle_share: float) -> Batch:
     """The global batch of `step`: batch_tokens / length sequences, of which `needle_share` carry needles."""
     rng = np.random.default_rng([seed, step])
     count = max(batch_tokens // length, 1)
     with_needles = round(count * needle_share)
-    examples = [needles.example(rng, length + 1, *needle_counts(length)) for _ in range(with_needles)]
+    assert needles is not None or with_needles == 0, "a share of needles and nothing that makes them"
+    examples = [needles.example(rng, length + 1, *needles.counts(length)) for _ in range(with_needles)]
     starts = rng.integers(len(corpus.train) - length, size=count - with_needles)
     plain = [window(corpus.train, start, length, corpus.tokenizer.eot_token) for start in starts]
     tokens = torch.from_numpy(np.stack([example.tokens for example in examples] + plain))
@@ -65,6 +61,7 @@ def training_batch(corpus: Corpus, needles: Needles, seed: int, step: int, lengt
 
 def validation_windows(corpus: Corpus, length: int, count: int) -> Tensor:
     """(count length+1) int64: the same evenly spaced windows of plain validation text every time."""
+    count = min(count, max(1, len(corpus.val) // length))  # no token twice
     starts = np.linspace(0, len(corpus.val) - length, count).astype(int)
     return torch.from_numpy(np.stack([window(corpus.val, start, length, corpus.tokenizer.eot_token) for start in starts]))
 

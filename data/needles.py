@@ -44,6 +44,15 @@ class Needles:
         self.words = sorted({word for word in spaced if 3 <= len(word) <= 10})
         if len(self.words) < 20:
             raise ValueError(f"the vocabulary has {len(self.words)} whole words and keys need 20: prepare the corpus with a larger --vocab-size")
+        longest = [max(self.words, key=lambda word: len(tokenizer.encode_ordinary(mark + word))) for mark in " _"]
+        self.line = len(self._line("_".join(longest), "9" * DIGITS)[0])  # tokens of a needle, at most
+
+    def counts(self, length: int) -> tuple[int, int]:
+        """How many needles and questions a training example of `length` has: many, so that each step teaches much."""
+        fitting = (length - 1) // (2 * self.line)
+        if fitting < 1:
+            raise ValueError(f"length {length} has no room for a needle of {self.line} tokens and its question: train longer, or set needle_share = 0")
+        return min(max(4, length // 32), fitting), min(max(4, length // 64), fitting)
 
     def example(self, rng: np.random.Generator, length: int, needles: int, questions: int, depth: float | None = None) -> Example:
         """`length` tokens of text with `needles` hidden in it and `questions` of them asked at the end, in random order.
@@ -51,13 +60,14 @@ class Needles:
         The first needle asked lies at `depth` (0 is the beginning, 1 just before the questions), the others anywhere; None: all
         anywhere. Raises ValueError when length has no room for them.
         """
+        least = 1 + (needles + questions) * self.line
+        if length < least:
+            raise ValueError(f"{needles} needles and {questions} questions may need {least} tokens: {length} is too short")
         keys, values = self._draw(rng, needles, self._key), self._draw(rng, needles, self._value)
         lines = [self._line(key, value) for key, value in zip(keys, values)]
         asked = rng.permutation(needles)[:questions]
         tail = sum(len(lines[i][0]) for i in asked)
         room = length - 1 - tail - sum(len(line) for line, _ in lines)
-        if room < 0:
-            raise ValueError(f"{needles} needles and {questions} questions need {length - room} tokens: {length} is too short")
         text = self._haystack(rng, room)
         depths = rng.random(needles)
         if depth is not None:
