@@ -10,13 +10,16 @@
 A phase may also change how positions are treated (OVERRIDES); a change holds until another phase changes it again.
 """
 
+import argparse
 import math
 import tomllib
 import typing
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from attention import BACKENDS
+from data.commandline import CommandLine
 from data.corpus import DEFAULT_CORPUS
 from model import ModelConfig
 
@@ -244,3 +247,33 @@ def run_name(recipe: Recipe, name: str) -> str:
     """<recipe>-<pattern>-s<seed>, each windowed letter with its window (some disks ignore case): laptop-r64r64r64N-s1."""
     letters = "".join(f"{letter}{recipe.model.window}" if letter.islower() else letter for letter in recipe.model.pattern)
     return f"{name}-{letters}-s{recipe.seed}" + ("-qk" if recipe.model.qk_norm else "")
+
+
+def to_tables(recipe: Recipe) -> dict:
+    """The recipe as the tables that `recipe.build` reads."""
+    given = lambda table: {key: value for key, value in table.items() if value is not None}
+    tables = asdict(recipe)
+    return tables | {"model": given(tables["model"]), "phase": [given(phase) for phase in tables["phase"]]}
+
+
+def command_line(description: str) -> CommandLine:
+    """Run options, then one flag for each field of Recipe and ModelConfig."""
+    parser = CommandLine(prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    unset = {"default": argparse.SUPPRESS}
+    parser.add_argument("recipe", nargs="?", type=Path, help="a TOML file (default: recipes/laptop.toml)", **unset)
+    parser.add_argument("--out", type=Path, help="the run's folder (default: out/<recipe>-<pattern>-s<seed>)", **unset)
+    parser.add_argument("--resume", nargs="?", type=Path, const=None, metavar="RUN", help="continue the run in this folder", **unset)
+    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights", **unset)
+    parser.add_argument("--max-steps", type=int, help="stop after so many steps, the schedule unchanged; 0 only evaluates", **unset)
+    parser.add_argument("--micro-batch", type=int, help="tokens per forward, at least one sequence (default: the whole batch)", **unset)
+    parser.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one, else cpu; mps is untested)", **unset)
+    parser.add_argument("--backend", choices=BACKENDS, help="the windowed layers' kernel (default: auto)", **unset)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)", **unset)
+    for cls, left_out in ((Recipe, ("model", "phase")), (ModelConfig, ("vocab_size", "trained_length"))):
+        for f in fields(cls):
+            if f.name in left_out:
+                continue
+            kind = next(k for k in (typing.get_args(f.type) or (f.type,)) if k is not type(None))
+            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
+            parser.add_argument("--" + f.name.replace("_", "-"), help=f"{cls.__name__}.{f.name}, default {f.default}", **how, **unset)
+    return parser

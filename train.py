@@ -7,42 +7,37 @@
     python train.py --init CHECKPOINT --max-steps 0   only evaluate
 """
 
-import argparse
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-import typing
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
 import recipe as recipes
-from attention import BACKENDS, choose_backend
-from data.batches import Batch, held_out_examples, prefetch, training_batch, validation_windows
-from data.commandline import CommandLine, fail
+from attention import choose_backend
+from data.batches import Batch, held_out_examples, prefetch, training_batch
+from data.commandline import fail
 from data.corpus import DEFAULT_CORPUS, Corpus, load_corpus
-from data.needles import SLACK, Example, Needles
+from data.needles import Needles
 from data.prepare import prepare_stdlib
 from data.tokenizer import load_tokenizer
-from model import ModelConfig, Transformer, layer_plan
+from lab.evaluate import NEEDLES, QUESTIONS, fits, needle_score, needle_table, validation_loss
+from model import Transformer, layer_plan
 from recipe import Recipe, Stage
 
 HERE = Path(__file__).parent
 WITH_RESUME = {"resume", "out", "max_steps", "micro_batch", "device", "backend"}  # --out only says which run
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, from the datasheets
-NEEDLES, QUESTIONS = 8, 4  # of an evaluation example, at every length
 EPOCHS_TO_WARN = 4  # repeated text teaches nearly as much as new text up to here (2305.16264)
 
 
@@ -97,71 +92,6 @@ def make_optimizers(model: Transformer, recipe: Recipe) -> list[torch.optim.Opti
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-@torch.inference_mode()
-def validation_loss(model: Transformer, corpus: Corpus, length: int, tokens: int) -> tuple[float, float]:
-    """(nats per token, bits per UTF-8 byte) over about `tokens` of plain validation text, end-of-text left out."""
-    windows = validation_windows(corpus, length, max(1, tokens // length))
-    sizes = torch.tensor([len(corpus.tokenizer.token_bytes(i)) for i in range(corpus.tokenizer.n_vocab)])
-    nats = counted = size = 0.0
-    device = next(model.parameters()).device
-    for chunk in windows.split(max(1, 4096 // length)):
-        targets = chunk[:, 1:]
-        text = (targets != corpus.tokenizer.eot_token).float()
-        nats += model.loss(chunk[:, :-1].to(device), targets.to(device), text.to(device)).item()
-        counted += text.sum().item()
-        size += sizes[targets].sum().item()
-    return nats / counted, nats / math.log(2) / size
-
-
-@dataclass(frozen=True)
-class Score:
-    """Needle answers at one length: shares, and the standard error of `exact` over examples (their answers share a context)."""
-
-    length: int
-    questions: int
-    exact: float
-    digits: float
-    error: float
-
-
-@torch.inference_mode()
-def needle_score(model: Transformer, examples: list[Example]) -> Score:
-    """Score examples of one length in one teacher-forced pass each: greedy is right exactly when every argmax is."""
-    exact, digits, questions = [], [], 0
-    device = next(model.parameters()).device
-    for example in examples:
-        tokens, answer = torch.from_numpy(example.tokens), torch.from_numpy(example.answer)[1:]
-        asked = answer >= 0
-        hidden = model.hidden(tokens[None, :-1].to(device))[0, asked.to(device)]
-        right = (model.unembed(hidden).argmax(-1).cpu() == tokens[1:][asked]).numpy()
-        answer = answer[asked].numpy()
-        whole = [right[answer == i].all() for i in np.unique(answer)]
-        exact.append(np.mean(whole))
-        digits.append(np.mean(right))
-        questions += len(whole)
-    error = np.std(exact, ddof=1) / math.sqrt(len(exact)) if len(exact) > 1 else math.nan
-    return Score(len(examples[0].tokens), questions, float(np.mean(exact)), float(np.mean(digits)), float(error))
-
-
-def needle_table(model: Transformer, needles: Needles, trained: int, questions: int = 200) -> list[Score]:
-    """Scores at 0.5, 1, 2, 4, 8 and 16 times the trained length, printed as they come; lengths the text cannot fill are named."""
-    print(f"\nneedles: exact match, digits and standard error, {NEEDLES} hidden and {QUESTIONS} asked, held-out text, keys and values")
-    scores = []
-    for times in (0.5, 1, 2, 4, 8, 16):
-        length = int(times * trained)
-        if 1 + (NEEDLES + QUESTIONS) * needles.line > length or length + SLACK > len(needles.text):
-            print(f"  {length:>7,} tokens ({times:g}x)   left out: too {'long' if times > 1 else 'short'} for this corpus and these needles")
-            continue
-        score = needle_score(model, held_out_examples(needles, length, -(-questions // QUESTIONS), NEEDLES, QUESTIONS))
-        print(f"  {length:>7,} tokens ({times:g}x)   exact {score.exact:.3f} +- {score.error:.3f}   digits {score.digits:.3f}   of {score.questions}", flush=True)
-        scores.append(score)
-    return scores
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What to run
 
 
@@ -185,32 +115,9 @@ class Run:
     best: float = math.inf
 
 
-def command_line() -> CommandLine:
-    """Run options, then one flag for each field of Recipe and ModelConfig."""
-    parser = CommandLine(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    unset = {"default": argparse.SUPPRESS}
-    parser.add_argument("recipe", nargs="?", type=Path, help="a TOML file (default: recipes/laptop.toml)", **unset)
-    parser.add_argument("--out", type=Path, help="the run's folder (default: out/<recipe>-<pattern>-s<seed>)", **unset)
-    parser.add_argument("--resume", nargs="?", type=Path, const=None, metavar="RUN", help="continue the run in this folder", **unset)
-    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights", **unset)
-    parser.add_argument("--max-steps", type=int, help="stop after so many steps, the schedule unchanged; 0 only evaluates", **unset)
-    parser.add_argument("--micro-batch", type=int, help="tokens per forward, at least one sequence (default: the whole batch)", **unset)
-    parser.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one, else cpu; mps is untested)", **unset)
-    parser.add_argument("--backend", choices=BACKENDS, help="the windowed layers' kernel (default: auto)", **unset)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)", **unset)
-    for cls, left_out in ((Recipe, ("model", "phase")), (ModelConfig, ("vocab_size", "trained_length"))):
-        for f in fields(cls):
-            if f.name in left_out:
-                continue
-            kind = next(k for k in (typing.get_args(f.type) or (f.type,)) if k is not type(None))
-            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
-            parser.add_argument("--" + f.name.replace("_", "-"), help=f"{cls.__name__}.{f.name}, default {f.default}", **how, **unset)
-    return parser
-
-
 def read(argv: list[str] | None) -> Run:
     """The run that the command line asks for, with its folder made last. Raises ValueError or OSError with the whole message."""
-    args = vars(command_line().parse(argv))
+    args = vars(recipes.command_line(__doc__).parse(argv))
     path = args.pop("recipe", HERE / "recipes" / "laptop.toml")
     options = {key: args.pop(key) for key in ("out", "resume", "init", "max_steps", "micro_batch", "device", "backend", "compile") if key in args}
     resuming = "resume" in options
@@ -277,7 +184,7 @@ def choose_device(name: str | None) -> tuple[torch.device, bool]:
 
 def fit_vocabulary(recipe: Recipe, corpus: Corpus) -> Recipe:
     """The recipe with the corpus's vocabulary, which is the model's."""
-    return recipes.replace(recipe, model=recipes.replace(recipe.model, vocab_size=corpus.tokenizer.n_vocab))
+    return replace(recipe, model=replace(recipe.model, vocab_size=corpus.tokenizer.n_vocab))
 
 
 def claim(run: Run, argv: list[str]) -> None:
@@ -289,7 +196,7 @@ def claim(run: Run, argv: list[str]) -> None:
     record = {
         "name": run.name,
         "arguments": argv,
-        "recipe": to_tables(run.recipe),
+        "recipe": recipes.to_tables(run.recipe),
         "corpus": run.corpus.hash,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -297,13 +204,6 @@ def claim(run: Run, argv: list[str]) -> None:
         "git": git.stdout.strip() if git else None,
     }
     (run.out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def to_tables(recipe: Recipe) -> dict:
-    """The recipe as the tables that `recipe.build` reads."""
-    given = lambda table: {key: value for key, value in table.items() if value is not None}
-    tables = asdict(recipe)
-    return tables | {"model": given(tables["model"]), "phase": [given(phase) for phase in tables["phase"]]}
 
 
 def read_run(out: Path) -> tuple[str, Recipe]:
@@ -355,7 +255,7 @@ def train(run: Run) -> None:
         if run.step % recipe.eval_every == 0 or run.step in (stage.end, run.max_steps):
             nats, bits = validation_loss(model, corpus, stage.longest, recipe.eval_tokens)
             entry = {"step": run.step, "length": stage.longest, "val_loss": nats, "val_bits_per_byte": bits}
-            if held_out and 1 + (NEEDLES + QUESTIONS) * held_out.line <= stage.longest <= len(corpus.val) - SLACK:
+            if held_out and fits(held_out, stage.longest):
                 entry["needles"] = needle_score(model, held_out_examples(held_out, stage.longest, 8, NEEDLES, QUESTIONS)).exact
             log.write(**entry)
             improved = nats < run.best
@@ -363,6 +263,8 @@ def train(run: Run) -> None:
             save(run, improved)
             seconds = tokens = 0.0
     bar.close()
+    if run.step:
+        model.config = stage_at(stages, run.step - 1).config
     finish(run, held_out, log)
 
 

@@ -1,0 +1,82 @@
+"""What training measures: validation loss, and needles found at growing lengths."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.batches import held_out_examples, validation_windows
+from data.corpus import Corpus
+from data.needles import SLACK, Example, Needles
+from model import Transformer
+
+NEEDLES, QUESTIONS = 8, 4  # of an evaluation example, at every length
+TIMES = (0.5, 1, 2, 4, 8, 16)  # the trained length
+
+
+@torch.inference_mode()
+def validation_loss(model: Transformer, corpus: Corpus, length: int, tokens: int) -> tuple[float, float]:
+    """(nats per token, bits per UTF-8 byte) over about `tokens` of plain validation text, end-of-text left out."""
+    windows = validation_windows(corpus, length, max(1, tokens // length))
+    sizes = torch.tensor([len(corpus.tokenizer.token_bytes(i)) for i in range(corpus.tokenizer.n_vocab)])
+    nats = counted = size = 0.0
+    device = next(model.parameters()).device
+    for chunk in windows.split(max(1, 4096 // length)):
+        targets = chunk[:, 1:]
+        text = (targets != corpus.tokenizer.eot_token).float()
+        nats += model.loss(chunk[:, :-1].to(device), targets.to(device), text.to(device)).item()
+        counted += text.sum().item()
+        size += sizes[targets].sum().item()
+    return nats / counted, nats / math.log(2) / size
+
+
+@dataclass(frozen=True)
+class Score:
+    """Needle answers at one length: shares, and the standard error of `exact` over examples (their answers share a context)."""
+
+    length: int
+    questions: int
+    exact: float
+    digits: float
+    error: float
+
+
+@torch.inference_mode()
+def needle_score(model: Transformer, examples: list[Example]) -> Score:
+    """Score examples of one length in one teacher-forced pass each: greedy is right exactly when every argmax is."""
+    exact, digits, questions = [], [], 0
+    device = next(model.parameters()).device
+    for example in examples:
+        tokens, answer = torch.from_numpy(example.tokens), torch.from_numpy(example.answer)[1:]
+        asked = answer >= 0
+        hidden = model.hidden(tokens[None, :-1].to(device))[0, asked.to(device)]
+        right = (model.unembed(hidden).argmax(-1).cpu() == tokens[1:][asked]).numpy()
+        answer = answer[asked].numpy()
+        whole = [right[answer == i].all() for i in np.unique(answer)]
+        exact.append(np.mean(whole))
+        digits.append(np.mean(right))
+        questions += len(whole)
+    error = np.std(exact, ddof=1) / math.sqrt(len(exact)) if len(exact) > 1 else math.nan
+    return Score(len(examples[0].tokens), questions, float(np.mean(exact)), float(np.mean(digits)), float(error))
+
+
+def fits(needles: Needles, length: int) -> bool:
+    """Is there room for the needles in `length` tokens, and for `length` tokens in the text?"""
+    return 1 + (NEEDLES + QUESTIONS) * needles.line <= length <= len(needles.text) - SLACK
+
+
+def needle_table(model: Transformer, needles: Needles, trained: int, questions: int = 200) -> list[Score]:
+    """Scores at TIMES the trained length, printed as they come; lengths that do not fit are named."""
+    print(f"\nneedles: exact match, digits and standard error, {NEEDLES} hidden and {QUESTIONS} asked, held-out text, keys and values")
+    scores = []
+    for times in TIMES:
+        length = int(times * trained)
+        row = f"  {length:>7,} tokens ({times:g}x)"
+        if not fits(needles, length):
+            print(f"{row}   left out: too {'long' if times > 1 else 'short'} for this corpus and these needles")
+            continue
+        score = needle_score(model, held_out_examples(needles, length, -(-questions // QUESTIONS), NEEDLES, QUESTIONS))
+        print(f"{row}   exact {score.exact:.3f} +- {score.error:.3f}   digits {score.digits:.3f}   of {score.questions}", flush=True)
+        scores.append(score)
+    return scores
