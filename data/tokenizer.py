@@ -30,7 +30,7 @@ class Tokenizer:
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN):
         self.ranks, self.pattern = ranks, pattern
-        self.eot_token = len(ranks)
+        self.eot_token = self.bos_token = len(ranks)
         self.n_vocab = len(ranks) + 1
         self.encoding = tiktoken.Encoding("ropenope", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: self.eot_token})
 
@@ -75,9 +75,7 @@ class Tokenizer:
         tiktoken joins whichever adjacent pair makes the token of lowest rank; Hugging Face wants the pairs listed. So each token
         lists every split of it into two tokens. The pairs of one token should be ties, won by the leftmost; listed, the longer
         left half wins, as it does in the runs of one character where such ties occur."""
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's alphabet: a visible character for each byte
-        unprintable = [byte for byte in range(256) if byte not in printable]
-        letter = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(unprintable)}
+        letter = byte_letters()
         spell = {token: "".join(letter[byte] for byte in token) for token in self.ranks}
         merges = [f"{spell[token[:cut]]} {spell[token[cut:]]}"
                   for token in sorted(self.ranks, key=self.ranks.__getitem__) for cut in range(len(token) - 1, 0, -1)
@@ -92,6 +90,13 @@ class Tokenizer:
         return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}, "post_processor": None,
                 "decoder": byte_level, "model": model}
+
+
+def byte_letters() -> dict[int, str]:
+    """GPT-2's alphabet: a visible character for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(unprintable)}
 
 
 def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
@@ -134,9 +139,13 @@ def gpt2_tokenizer() -> Tokenizer:
     return Tokenizer(ranks, GPT2_PATTERN)
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a corpus or checkpoint folder. Raises FileNotFoundError or ValueError, each naming the file and the mend."""
+def load_tokenizer(path: Path | str) -> "Tokenizer | HuggingFaceTokenizer":
+    """The tokenizer of a corpus or checkpoint folder: ours, else a tokenizer.json alone, as in Hugging Face's checkpoints.
+
+    Raises FileNotFoundError or ValueError, each naming the file and the mend."""
     rank_path, meta_path = Path(path) / "tokenizer.tiktoken", Path(path) / "tokenizer_meta.json"
+    if (Path(path) / "tokenizer.json").is_file() and not rank_path.exists() and not meta_path.exists():
+        return HuggingFaceTokenizer(Path(path))
     for file in (rank_path, meta_path):
         if not file.is_file():
             raise FileNotFoundError(f"{file} not found; `python -m data.prepare` makes a corpus, with its tokenizer")
@@ -162,3 +171,48 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if tokenizer.hash != digest:
         raise ValueError(f"{meta_path} says hash {str(digest)[:12]}, its files have {tokenizer.hash[:12]}; {mend}")
     return tokenizer
+
+
+class HuggingFaceTokenizer:
+    """A Hugging Face checkpoint's tokenizer.json (Command R7B's, say) behind our interface, run by the optional package `tokenizers`."""
+
+    def __init__(self, folder: Path):
+        file = folder / "tokenizer.json"
+        try:
+            from tokenizers import Tokenizer as Engine
+        except ImportError as error:
+            raise ValueError(f"{file} needs a package that is not here: `pip install tokenizers`") from error
+        try:
+            self.engine = Engine.from_buffer(file.read_bytes())
+        except Exception as error:  # tokenizers raises nothing more special
+            raise ValueError(f"{file} is damaged ({error}); copy it again from where it came") from error
+        if type(self.engine.decoder).__name__ != "ByteLevel":
+            raise ValueError(f"{file} has the decoder {type(self.engine.decoder).__name__}; only byte-level vocabularies are implemented")
+        self.engine.encode_special_tokens = True  # one that is spelled out is ordinary text
+        self.engine.no_truncation()
+        self.hash = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.n_vocab = max(self.engine.get_vocab().values()) + 1
+        self.added = {id: token.content.encode() for id, token in self.engine.get_added_tokens_decoder().items()}
+        self.byte = {letter: byte for byte, letter in byte_letters().items()}
+        self.bos_token, self.eot_token = self._special(folder, "bos_token"), self._special(folder, "eos_token")
+
+    def _special(self, folder: Path, name: str) -> int:
+        """Its id, from tokenizer_config.json, which spells it, or config.json, which has the id (the first, if several)."""
+        for file, key in ((folder / "tokenizer_config.json", name), (folder / "config.json", f"{name}_id")):
+            try:
+                value = json.loads(file.read_bytes()).get(key) if file.is_file() else None
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{file} is damaged ({error}); copy it again from where it came") from error
+            value = value.get("content") if isinstance(value, dict) else value[0] if isinstance(value, list) and value else value
+            value = self.engine.token_to_id(value) if isinstance(value, str) else value
+            if isinstance(value, int):
+                return value
+        raise ValueError(f"{folder}: neither tokenizer_config.json nor config.json names a {name} that tokenizer.json has")
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of text, with no special tokens."""
+        return self.engine.encode(text, add_special_tokens=False).ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids; special tokens are spelled out, and an id that the vocabulary leaves free is nothing."""
+        return b"".join(self.added[i] if i in self.added else bytes(self.byte[c] for c in self.engine.id_to_token(i) or "") for i in ids)

@@ -55,6 +55,15 @@ THEIRS = {  # what transformers saves, in Cohere2Config's words
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small lose by threads, and lose much where other programs want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def lively(model: nn.Module) -> nn.Module:
     """Random weights so large that every part of the architecture shows in the logits, norms' gains included."""
     generator = torch.Generator().manual_seed(5)
@@ -168,7 +177,7 @@ def half_split(x, table):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-@pytest.mark.parametrize("error", ["none", "window + 1", "window - 1", "theta 1%", "half-split rotation", "RMS norm", "rotation swapped", "no logit_scale"])
+@pytest.mark.parametrize("error", ["none", "window + 1", "window - 1", "theta 1%", "half-split rotation", "rotation backwards", "RMS norm", "no logit_scale"])
 def test_planted_errors_exceed_the_tolerance(tmp_path, monkeypatch, error):
     ours = our_model(logit_scale=0.9)
     ours.save_pretrained(tmp_path)
@@ -178,11 +187,303 @@ def test_planted_errors_exceed_the_tolerance(tmp_path, monkeypatch, error):
     ours.config = replace(c, **planted.get(error, {}))
     if error == "half-split rotation":
         monkeypatch.setattr(attention, "rotate", half_split)
-    if error == "rotation swapped":  # q turned the other way round: a wrong sign
+    if error == "rotation backwards":
         monkeypatch.setattr(attention, "rotate", lambda x, table, right=attention.rotate: right(x, table.conj()))
     if error == "RMS norm":
         monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps))
     d = difference(ours(tokens()), theirs(tokens()).logits)
-    if error in ("none", "rotation swapped"):
-        return
-    assert d > 5 * TOLERANCE, d
+    assert d < TOLERANCE if error == "none" else d > 5 * TOLERANCE, d
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Older spellings, the real model's shapes, what only we can read
+
+
+def older_config(**changes) -> dict:
+    """config.json as transformers 4.48 to 4.57 wrote it for Cohere2, with the keys that its first checkpoints carry besides."""
+    return dict(
+        architectures=["Cohere2ForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=5, cache_implementation="hybrid",
+        eos_token_id=V - 1, head_dim=8, hidden_act="silu", hidden_size=32, initializer_range=0.02, intermediate_size=48,
+        layer_norm_eps=1e-05, layer_switch=4, logit_scale=0.25, max_position_embeddings=8192, model_type="cohere2",
+        num_attention_heads=4, num_hidden_layers=4, num_key_value_heads=2, order_of_interleaved_layers="local_attn_first",
+        pad_token_id=0, position_embedding_type="rope_gptj", rope_scaling=None, rope_theta=50000, rotary_pct=1.0, sliding_window=7,
+        sliding_window_pattern=4, torch_dtype="float32", transformers_version="4.48.0", use_cache=True, use_embedding_sharing=True,
+        use_gated_activation=True, use_parallel_block=True, use_parallel_embedding=True, vocab_size=V,
+    ) | changes  # fmt: skip
+
+
+OLDER = {
+    "4.48": {},
+    "period 2": dict(layer_switch=2, sliding_window_pattern=2),
+    "4.48's linear": dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    "4.57's yarn": dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, max_position_embeddings=128),
+    "yarn from max_position_embeddings": dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}, max_position_embeddings=64),
+}
+
+
+@pytest.mark.parametrize("changes", OLDER.values(), ids=OLDER)
+def test_older_spellings(tmp_path, changes):
+    their_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(older_config(**changes)))
+    ours, theirs = Transformer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert ours.config.logit_scale == 0.25 and ours.config.rope_theta == 50_000 and ours.config.head_dim is None
+    assert ours.config.pattern == "rrrN" if changes.get("layer_switch") != 2 else "rN"
+    assert difference(ours(tokens()), theirs(tokens()).logits) < TOLERANCE
+
+
+def test_sliding_window_pattern_that_does_not_tile(tmp_path):
+    """Six layers, every fourth full: no period of four divides them, so the pattern is all six letters."""
+    (tmp_path / "config.json").write_text(json.dumps(older_config(num_hidden_layers=6)))
+    assert checkpoint.load_config(tmp_path)["pattern"] == "rrrNrr"
+
+
+def test_command_r7b_full_shape_on_meta(tmp_path):
+    """Every tensor of the real model by name and shape, against transformers' own; no weight is made on either side."""
+    full = dict(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128, intermediate_size=14336,
+                vocab_size=256000, sliding_window=4096, eos_token_id=255001, torch_dtype="bfloat16")  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(older_config(**full)))
+    config = ModelConfig(**checkpoint.load_config(tmp_path))
+    assert config == ModelConfig(32, 32, 8, 4096, 14336, 256000, "rrrN", window=4096, rope_theta=50_000.0, logit_scale=0.25)
+    with torch.device("meta"):
+        ours = Transformer(config)
+        theirs = Cohere2ForCausalLM(AutoConfig.from_pretrained(tmp_path))
+    wanted = {name.removeprefix("model."): p.shape for name, p in theirs.named_parameters()}  # the tied lm_head once
+    assert {name: p.shape for name, p in ours.named_parameters()} == wanted
+    assert sum(p.numel() for p in ours.parameters()) == 8_027_901_952
+
+
+@pytest.mark.parametrize("changes", [dict(pattern="nN"), dict(pattern="rR"), dict(qk_norm=True), dict(length_scale="ssmax"),
+                                     dict(length_scale="swan", length_base=8)])  # fmt: skip
+def test_what_cohere2_cannot_express_is_ours_alone(tmp_path, changes):
+    ours = our_model(**changes)
+    ours.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ropenope"):
+        AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ropenope"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    back = Transformer.from_pretrained(tmp_path)
+    assert back.config == ours.config and equal_weights(back.state_dict(), ours.state_dict())
+
+
+def test_tokenizer_and_model_in_one_folder(tmp_path):
+    """AutoTokenizer and AutoModelForCausalLM open the folder, and text goes in and comes out as it does with ours."""
+    text = "def attend(q, k, v):\n    return softmax(q @ k.T / 8) @ v  # naïve — and slow\n" * 8
+    train_tokenizer([text], 280).save(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    our_model(vocab_size=tokenizer.n_vocab).save_pretrained(tmp_path)
+    ours, theirs = Transformer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = other("def naïve(q):\n", return_tensors="pt")
+    assert prompt.input_ids[0].tolist() == tokenizer.encode_ordinary("def naïve(q):\n")
+    wanted = other.decode(theirs.generate(**prompt, max_new_tokens=40, do_sample=False)[0])
+    got = ours.generate(prompt.input_ids, 40, stop=tokenizer.eot_token)[0]
+    assert tokenizer.decode_bytes(got.tolist()).decode(errors="replace") == wanted
+
+
+def test_tokenizer_json_alone(tmp_path, monkeypatch):
+    """Command R7B ships no file of ours: tokenizer.json is read through `tokenizers`, behind the same interface."""
+    text = "To be, or not to be: 1 2 34 … \n\n\tnaïve 你好 <|endoftext|> 😀"
+    train_tokenizer([text * 20], 290).save(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    for name in ("tokenizer.tiktoken", "tokenizer_meta.json"):
+        (tmp_path / name).unlink()
+    theirs = load_tokenizer(tmp_path)
+    assert type(theirs) is not type(ours)
+    assert (theirs.n_vocab, theirs.eot_token, theirs.bos_token) == (ours.n_vocab, ours.eot_token, ours.bos_token)
+    ids = ours.encode_ordinary(text)
+    assert theirs.encode_ordinary(text) == ids and theirs.decode_bytes(ids).decode() == text
+    assert theirs.decode_bytes([ours.eot_token, 1000]) == b"<|endoftext|>"
+    half = [i for i in ours.encode_ordinary("😀")][:1]
+    assert theirs.decode_bytes(half) == ours.decode_bytes(half), "bytes of a character cut in two"
+
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="names a bos_token"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 5, "eos_token_id": [7, 9]}))
+    assert (load_tokenizer(tmp_path).bos_token, load_tokenizer(tmp_path).eot_token) == (5, 7)
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        load_tokenizer(tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
+        load_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals: one line, the key and its value, or the tensors by name
+
+
+@pytest.mark.parametrize("key, value", [
+    ("model_type", "cohere"), ("model_type", None), ("attention_bias", True), ("attention_dropout", 0.1), ("hidden_act", "gelu"),
+    ("use_qk_norm", True), ("use_parallel_block", False), ("use_gated_activation", False), ("rotary_pct", 0.5), ("is_causal", False),
+    ("partial_rotary_factor", 0.5), ("position_embedding_type", "rope_neox"), ("order_of_interleaved_layers", "global_attn_first"),
+    ("layer_switch", 2), ("layer_switch", 0), ("sliding_window_pattern", 0), ("layer_types", ["chunked_attention"] * 4),
+    ("layer_types", ["full_attention"] * 3), ("layer_types", "full"), ("sliding_window", None), ("sliding_window", 7.5), ("sliding_window", 0),
+    ("quantization_config", {"quant_method": "fp8"}), ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+    ("rope_scaling", {"type": "dynamic", "factor": 2.0}), ("rope_scaling", {"rope_type": "linear"}), ("rope_scaling", 4.0),
+    ("rope_scaling", {"rope_type": "linear", "factor": 0.5}), ("rope_parameters", {"sliding_attention": {"rope_type": "default"}}),
+    ("rope_theta", "10000"), ("rope_theta", -1.0), ("hidden_size", "32"), ("hidden_size", None), ("num_hidden_layers", True),
+    ("num_key_value_heads", 3), ("tie_word_embeddings", None), ("tie_word_embeddings", 1), ("logit_scale", None), ("vocab_size", 0),
+])  # fmt: skip
+def test_config_that_asks_for_another_model_is_refused(tmp_path, key, value):
+    our_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(older_config(**{key: value})))
+    with pytest.raises(ValueError) as refusal:
+        Transformer.from_pretrained(tmp_path)
+    message = str(refusal.value)
+    ours = {"num_key_value_heads": "n_kv_head", "sliding_window": "window", "rope_scaling": "rope_"}
+    assert "config.json" in message and "\n" not in message and (key in message or ours.get(key, key) in message), message
+    shown = value if not isinstance(value, dict) else next(iter(value.values())) if "factor" not in value else value["factor"]
+    assert str(value) in message or str(shown) in message or "needs a factor" in message or str(value.get("rope_type", value.get("type"))) in message
+
+
+@pytest.mark.parametrize("key, value", [("beta_fast", 64), ("beta_slow", 2), ("attention_factor", 1.5), ("mscale", 1.0), ("mscale_all_dim", 1.0),
+                                        ("truncate", False), ("partial_rotary_factor", 0.5), ("factor", None)])  # fmt: skip
+def test_yarn_with_other_constants_is_refused(tmp_path, key, value):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+    for accepted in ({}, dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None)):
+        (tmp_path / "config.json").write_text(json.dumps(older_config(rope_parameters=rope | accepted)))
+        assert checkpoint.load_config(tmp_path)["rope_original_length"] == 32
+    (tmp_path / "config.json").write_text(json.dumps(older_config(rope_parameters=rope | {key: value})))
+    with pytest.raises(ValueError, match=key if value is None else f"{key} {value}"):
+        checkpoint.load_config(tmp_path)
+
+
+def test_missing_and_damaged_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.config\.json not found.*python train\.py"):
+        Transformer.from_pretrained(tmp_path / "nowhere")
+    our_model(qk_norm=True).save_pretrained(tmp_path)
+    whole = (tmp_path / "config.json").read_text()
+    for damaged in ("", whole[: len(whole) // 2], whole[:-3], "[]", "null", "\0" * 40, '"cohere2"'):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"config\.json is damaged") as refusal:
+            Transformer.from_pretrained(tmp_path)
+        assert "\n" not in str(refusal.value)
+    for change in ({"n_layers": 4}, {"n_layer": "4"}, {"n_layer": 0}, {"pattern": "rx"}, {"pattern": None}, {"window": [7]}):
+        (tmp_path / "config.json").write_text(json.dumps(json.loads(whole) | change))
+        with pytest.raises(ValueError, match=r"config\.json makes no model: "):
+            Transformer.from_pretrained(tmp_path)
+
+
+def test_tensors_that_are_not_the_models_are_named(tmp_path):
+    our_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors_torch.load_file(file)
+    del tensors["model.norm.weight"], tensors["model.layers.3.mlp.up_proj.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+    tensors["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(32, 16)
+    tensors["model.layers.2.self_attn.v_proj.weight"] = torch.zeros(16, 32, dtype=torch.int8)
+    safetensors_torch.save_file(tensors, file)
+    with pytest.raises(ValueError) as refusal:
+        Transformer.from_pretrained(tmp_path)
+    message = str(refusal.value)
+    for part in ("norm.weight is missing", "layers.3.mlp.up_proj.weight is missing", "layers.0.self_attn.q_proj.bias is not in this model",
+                 "layers.1.self_attn.k_proj.weight is F32 [32, 16], not floating-point [16, 32]", "layers.2.self_attn.v_proj.weight is I8"):  # fmt: skip
+        assert part in message, message
+    assert "\n" not in message
+
+
+def test_redundant_tied_head(tmp_path):
+    """Some writers leave lm_head.weight beside the embeddings it is tied to: a copy is fine, another matrix is another model."""
+    ours = our_model()
+    ours.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors_torch.load_file(file)
+    safetensors_torch.save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    assert equal_weights(Transformer.from_pretrained(tmp_path).state_dict(), ours.state_dict())
+    safetensors_torch.save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file)
+    with pytest.raises(ValueError, match="lm_head.weight differs"):
+        Transformer.from_pretrained(tmp_path)
+    safetensors_torch.save_file(tensors | {"lm_head.weight": torch.zeros(3, 32)}, file)
+    with pytest.raises(ValueError, match=r"lm_head.weight is F32 \[3, 32\]"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_damaged_weights(tmp_path):
+    our_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:4], whole[:100], whole[: len(whole) // 2], whole[:-1], b"\xff" * 100, whole + b"more", b"\x80\x04K\x2a."):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged") as refusal:
+            Transformer.from_pretrained(tmp_path)
+        assert "\n" not in str(refusal.value)
+    file.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04K\x2a.")
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors not found.*pickled"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_damaged_shards(tmp_path):
+    folder = tmp_path / "inside"
+    their_model().save_pretrained(folder, max_shard_size="60KB")
+    index = folder / "model.safetensors.index.json"
+    whole = index.read_text()
+    first = sorted(folder.glob("model-*.safetensors"))[0]
+    first.rename(tmp_path / "outside.safetensors")
+    with pytest.raises(FileNotFoundError, match=f"{first.name} not found"):
+        Transformer.from_pretrained(folder)
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..", "", "weights.bin"):
+        index.write_text(whole.replace(first.name, name))
+        with pytest.raises(ValueError, match="same folder"):
+            Transformer.from_pretrained(folder)
+    for damaged in ("{}", whole[:50], '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        index.write_text(damaged)
+        with pytest.raises(ValueError, match=r"index\.json is damaged"):
+            Transformer.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files whole or absent
+
+
+def test_save_leaves_the_former_file_when_it_fails(tmp_path, monkeypatch):
+    ours = our_model()
+    ours.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert sorted(before) == ["config.json", "model.safetensors"]
+
+    def half(tensors, file, metadata):
+        file.write_bytes(before["model.safetensors"][:100])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(OSError, match="No space"):
+        our_model(logit_scale=2.0).save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_atomic_folder_and_point(tmp_path):
+    with checkpoint.atomic_folder(tmp_path / "run" / "a") as partial:
+        (partial / "deep").mkdir()
+        (partial / "deep" / "file").write_text("1")
+        assert not (tmp_path / "run" / "a").exists()
+    with pytest.raises(RuntimeError), checkpoint.atomic_folder(tmp_path / "run" / "b") as partial:
+        (partial / "file").write_text("2")
+        raise RuntimeError
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["a"]
+    (tmp_path / "run" / "b.partial").mkdir()  # what a killed process left
+    (tmp_path / "run" / "b.partial" / "stale").write_text("")
+    with checkpoint.atomic_folder(tmp_path / "run" / "b") as partial:
+        (partial / "file").write_text("2")
+    assert [f.name for f in (tmp_path / "run" / "b").iterdir()] == ["file"]
+    link = tmp_path / "run" / "last"
+    for name in "ab":
+        checkpoint.point(link, tmp_path / "run" / name)
+        assert str(link.readlink()) == name  # relative: the run's folder can be moved
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["a", "b", "last"]
+
+
+def test_config_round_trip_through_plain_dicts():
+    """Every pattern of up to four letters, tiled over four layers: Cohere2's config reads back as the same plan, or there is none."""
+    from itertools import product
+
+    for n in (1, 2, 4):
+        for letters in map("".join, product("RrNn", repeat=n)):
+            config = ModelConfig(pattern=letters, window=7)
+            content = checkpoint.to_cohere2(asdict(config), "float32")
+            assert (content is None) == ("n" in letters or {"r", "R"} <= set(letters)), letters
+            if content is not None:
+                assert content["sliding_window"] is not None  # transformers makes its mask even where no layer slides
+                assert layer_plan(ModelConfig(**checkpoint._from_cohere2(json.loads(json.dumps(content))))) == layer_plan(config)

@@ -16,7 +16,17 @@ from attention import LayerSpec, rotary_frequencies, rotary_table, rotate
 from model import ModelConfig, Transformer, layer_plan
 
 V = 23
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 PATTERNS = ["R", "N", "RN", "rrrN", "Nrrr", "rrrR", "rn", "n"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and on shared cores waiting for it takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def config(pattern="rrrN", n_layer=None, window=3, **more):
@@ -280,7 +290,7 @@ def test_the_model_is_the_formula(pattern, more):
 def test_qk_norm_comes_before_the_rotation():
     """The order matters since LayerNorm takes the mean off and has a gain per dimension; swapped, the test above must fail."""
     model, tokens = tiny("R", qk_norm=True), text(1, 11)[0]
-    got = model(tokens[None])[0].detach()
+    got = model(tokens[None])[0].detach().numpy()
     assert np.abs(got - model_by_hand(model, tokens)).max() < 1e-4
     assert np.abs(got - model_by_hand(model, tokens, norm_first=False)).max() > 1e-2
     assert model.layers[0].self_attn.q_norm.weight.shape == (4,)  # one gain for all heads
@@ -334,9 +344,16 @@ def test_backends_agree_in_the_model(pattern):
             logits[model.backend] = model(tokens)
     for backend in attention.BACKENDS:
         torch.testing.assert_close(logits[backend], logits["reference"], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("pattern", ["r", "R"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_unknown_backend_is_refused(pattern, cached):
+    """Whatever layers there are: a misspelt --backend must not run as something else."""
+    model = tiny(pattern)
     model.backend = "fast"
     with pytest.raises(ValueError, match="'fast' is unknown"):
-        model(tokens)
+        model(text(), cache=model.new_cache(2, 20) if cached else None)
 
 
 def test_one_mask_for_each_window(monkeypatch):
@@ -394,6 +411,14 @@ def test_loss_is_cross_entropy(monkeypatch, more, ignored, weighted, chunk):
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-7 if weights is None else 1e-12)
 
 
+def test_a_target_outside_the_vocabulary_is_refused():
+    """Only -100 means "does not count": any other negative number is a mistake, not the token 0."""
+    model, tokens = tiny("rN"), text()
+    for wrong in (-1, V):
+        with pytest.raises(IndexError):
+            model.loss(tokens, torch.full_like(tokens, wrong))
+
+
 def test_loss_with_no_target_is_zero():
     model, tokens = tiny("rN"), text()
     loss = model.loss(tokens, torch.full_like(tokens, -100))
@@ -428,7 +453,7 @@ def test_recomputation_is_bit_for_bit(pattern):
     plain = gradients(model, model.loss(tokens, tokens))
     model.recompute = True
     calls = Counter()
-    model.layers[0].mlp.register_forward_hook(lambda *_: calls.update(["forward"]))
+    model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.update(["forward"]))
     again = gradients(model, model.loss(tokens, tokens))
     assert calls["forward"] == 2, "nothing was recomputed"
     assert all(torch.equal(plain[name], again[name]) for name in plain)
@@ -488,8 +513,7 @@ def test_flops_are_counted_right(monkeypatch, more):
     """6 N a token, forward and backward, by PyTorch's own counter with attention taken out; in chunks of the loss too."""
     monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 7 * V)
     model, tokens = Transformer(config("rrrN", **more)), text(2, 20)
-    for i, layer in enumerate(model.layers):  # a stand-in for the kernel: the right shape, no products
-        assert layer.self_attn.head_dim == 4
+    # a stand-in for the kernel: the right shape, no products, and a gradient for each of q, k and v
     monkeypatch.setattr(attention, "attend", lambda q, k, v, *_: q + v.repeat_interleave(q.shape[1] // v.shape[1], 1) * k.mean())
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, tokens).backward()

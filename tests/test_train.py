@@ -1,0 +1,534 @@
+"""Training: exact resume, exact micro-batches, data that only (seed, step) decides, and one clear line for every bad input.
+
+The errors run as subprocesses would be slow (torch imports); `command` runs a main in this process and reads what it printed.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import recipe as recipes
+import sample
+import train
+from data.batches import prefetch, training_batch, validation_windows
+from data.corpus import load_corpus
+from data.needles import BEGIN, CONTEXT, NEEDLE, QC, Needles, held_out
+from data.prepare import prepare
+from lab.evaluate import needle_score, validation_loss
+from model import ModelConfig, Transformer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = """
+batch_tokens = 512
+eval_tokens = 1024
+eval_every = 1000
+needle_share = 0.5
+[model]
+n_layer = 4
+n_head = 2
+n_kv_head = 1
+d_model = 32
+d_ff = 48
+window = 16
+[[phase]]
+steps = 6
+lengths = { 128 = 1 }
+[[phase]]
+steps = 6
+lengths = { 128 = 3, 256 = 1 }
+lr = 0.002
+warmup = 2
+rope_theta = 20_000
+"""
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """A small corpus of real text: some modules of the standard library."""
+    folder = tmp_path_factory.mktemp("corpora") / "small"
+    source = Path(os.__file__).parent
+    names = ["argparse", "ast", "bdb", "calendar", "cmd", "configparser", "copy", "csv", "datetime", "difflib", "dis", "enum", "inspect", "locale"]
+    documents = [(name, (source / f"{name}.py").read_text(encoding="utf-8")) for name in names]
+    prepare(documents, folder, vocab_size=1024, source="test")
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The tiny recipe as a file."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def run(tiny, corpus_folder, tmp_path, monkeypatch):
+    """Train by the tiny recipe without the final table: run("--out", "x", ...) -> the folder."""
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+
+    def go(*argv, recipe=tiny):
+        train.main([*([str(recipe)] if recipe else []), *argv, *([] if "--resume" in argv else ["--data", str(corpus_folder)])])
+
+    return go
+
+
+@pytest.fixture
+def error(capfd):
+    """error(main, argv) -> the one line that a command says before it exits with status 2."""
+
+    def failing(main, *argv):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in argv])
+        lines = capfd.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return failing
+
+
+def weights(folder):
+    return (folder / "last" / "model.safetensors").read_bytes()
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("stop", [3, 6, 8])  # inside the first phase, at the boundary, inside the second
+def test_stopping_and_resuming_changes_no_bit(run, tmp_path, stop):
+    run("--out", "whole")
+    run("--out", "parts", "--max-steps", str(stop))
+    assert weights(tmp_path / "whole") != weights(tmp_path / "parts")
+    run("--resume", "parts", recipe=None)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines() if "loss" in json.loads(line)]
+    assert steps == list(range(1, 13))
+
+
+def test_how_often_one_evaluates_changes_no_bit(run, tmp_path):
+    run("--out", "seldom")
+    run("--out", "often", "--eval-every", "2")
+    assert weights(tmp_path / "seldom") == weights(tmp_path / "often")
+
+
+def test_micro_batches_add_up_to_the_batch(run, tmp_path, corpus_folder, tiny):
+    """The gradient of the whole batch is the sum of its parts', needle rows included, whose weights were counted over the whole."""
+    corpus = load_corpus(corpus_folder)
+    needles = Needles(corpus.tokenizer, corpus.train, evaluation=False)
+    batch = training_batch(corpus, needles, 1, 0, 128, 512, 0.5)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(window=16, vocab_size=1024)).double()
+
+    def gradient(rows):
+        model.zero_grad()
+        for i in range(0, 4, rows):
+            part = batch.rows(i, i + rows)
+            model.loss(part.tokens, part.targets, part.weights.double()).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    whole = gradient(4)
+    for rows in (1, 2):  # float64: sums of a few thousand terms of size 1 differ by 1e-13 at most
+        torch.testing.assert_close(gradient(rows), whole, rtol=0, atol=1e-12)
+    # and through the command, in float32: twelve steps of updates of size lr, whose rounding differs
+    run("--out", "one")
+    run("--out", "two", "--micro-batch", "256")
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines() if '"loss"' in line] for name in ("one", "two")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(corpus_folder):
+    corpus = load_corpus(corpus_folder)
+    needles = Needles(corpus.tokenizer, corpus.train, evaluation=False)
+    make = lambda seed, step: training_batch(corpus, needles, seed, step, 128, 1024, 0.5)
+    a, b = make(1, 7), make(1, 7)
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.weights, b.weights)
+    assert not torch.equal(a.tokens, make(1, 8).tokens) and not torch.equal(a.tokens, make(2, 7).tokens)
+    assert (a.tokens[:, 0] == corpus.tokenizer.eot_token).all()
+    assert torch.equal(a.tokens[:, 1:], a.targets[:, :-1])
+    assert a.weights.sum().item() == pytest.approx(1.5, abs=1e-5)  # 1 for all tokens, 0.5 for the answers
+    assert [batch.tokens[0, 5].item() for batch in prefetch(lambda step: make(1, step), range(3))] == [make(1, s).tokens[0, 5].item() for s in range(3)]
+
+
+def test_muon_is_torchs_muon():
+    """Ours runs Newton-Schulz in float32 on CPU, torch's in bfloat16: singular values settle anywhere in 0.7..1.2, so directions
+    agree to bfloat16's 3 digits and steps to a few percent."""
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Parameter(torch.randn(24, 40)), torch.nn.Parameter(torch.zeros(24, 40))
+    theirs.data.copy_(ours)
+    start = ours.detach().clone()
+    a = train.Muon([ours], lr=0.01, weight_decay=0.1)
+    b = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for i in range(5):
+        ours.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(i))
+        theirs.grad = ours.grad.clone()
+        a.step(), b.step()
+    moved, moved_too = ours.detach() - start, theirs.detach() - start
+    assert ((moved - moved_too).norm() / moved.norm()).item() < 0.03
+    tall = train.orthogonalise(torch.randn(3, 40, 24))
+    singular = torch.linalg.svdvals(tall)
+    assert singular.min() > 0.5 and singular.max() < 1.3
+
+
+def test_overfitting_one_batch_with_the_real_optimizers(run, tmp_path, corpus_folder, monkeypatch):
+    one = training_batch(load_corpus(corpus_folder), None, 1, 0, 128, 512, 0.0)
+    monkeypatch.setattr(train, "batch_of", lambda run, stages, step: one)
+    path = tmp_path / "one.toml"
+    path.write_text(TINY.split("[[phase]]")[0].replace("needle_share = 0.5", "lr = 0.01") + "[[phase]]\nsteps = 120\nlengths = { 128 = 1 }\n")
+    run("--out", "one", recipe=path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert losses[0] > 6 and losses[-1] < 0.5
+
+
+def test_kill_at_any_moment_leaves_a_checkpoint(tiny, corpus_folder, tmp_path):
+    """A run that saves after every step is killed at random moments and resumed, until it is through; each time `last` loads."""
+    path = tmp_path / "often.toml"
+    path.write_text(TINY.replace("eval_every = 1000", "eval_every = 1").replace("steps = 6", "steps = 60"))
+    command = [sys.executable, "train.py", str(path), "--data", str(corpus_folder), "--out", str(tmp_path / "k")]
+    killed = 0
+    for attempt in range(3):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        deadline = time.time() + 60
+        while not (tmp_path / "k" / "last").exists() and time.time() < deadline:
+            time.sleep(0.05)
+        time.sleep((2.0 if attempt else 0.0) + 0.37 * (attempt + 1))
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        Transformer.from_pretrained(tmp_path / "k" / "last")
+        torch.load(tmp_path / "k" / "last" / "training.pt", weights_only=True)
+        command = [sys.executable, "train.py", "--resume", str(tmp_path / "k")]
+    assert killed >= 2
+
+
+def test_the_checkpoint_is_the_uncompiled_model(run, tmp_path):
+    run("--out", "x", "--max-steps", "1")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "x" / "last" / "model.safetensors", "pt") as file:
+        assert all(key.startswith("model.") and "_orig_mod" not in key for key in file.keys())
+
+
+def test_best_and_last_are_relative_links_and_nothing_else_stays(run, tmp_path):
+    run("--out", "x", "--eval-every", "2")
+    folder = tmp_path / "x"
+    assert os.readlink(folder / "last") == "step-000012"
+    assert {path.name for path in folder.glob("step-*")} == {os.readlink(folder / "last"), os.readlink(folder / "best")}
+    assert not list(folder.glob("*tmp*")) and not list(folder.glob(".*"))
+
+
+def test_init_starts_from_weights_and_only_evaluates_with_zero_steps(run, tmp_path, capsys, monkeypatch):
+    run("--out", "x")
+    seen = []
+    monkeypatch.setattr(train, "finish", lambda run, *_: seen.append(run))
+    run("--out", "y", "--init", "x/last", "--max-steps", "0")
+    assert weights_equal(seen[0].model, Transformer.from_pretrained(tmp_path / "x" / "last"))
+    assert seen[0].model.config.trained_length == 256
+    run("--out", "z", "--init", "x/last", "--pattern", "R", "--max-steps", "1")
+    assert seen[1].model.config.pattern == "R"
+
+
+def weights_equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# Recipes
+
+
+def test_phases_carry_overrides_and_start_schedules():
+    recipe = recipes.build({
+        "batch_tokens": 2048, "lr": 0.01, "warmup": 4,
+        "model": {"window": 64},
+        "phase": [
+            {"steps": 10, "lengths": {"128": 1}, "needle_share": 0.5},
+            {"steps": 10, "lengths": {"512": 3, "2048": 1}, "rope_theta": 20000},
+            {"steps": 5, "lengths": {"2048": 1}, "lr": 0.001, "pattern": "N", "warmup": 0},
+        ],
+    })  # fmt: skip
+    first, second, third = recipe.stages()
+    assert [s.config.pattern for s in (first, second, third)] == ["rrrN", "rrrN", "N"]
+    assert [s.config.rope_theta for s in (first, second, third)] == [10000.0, 20000.0, 20000.0]
+    assert [s.config.trained_length for s in (first, second, third)] == [128, 2048, 2048]
+    assert [s.needle_share for s in (first, second, third)] == [0.5] * 3
+    assert [second.length(step) for step in range(10, 18)] == [512, 512, 512, 2048] * 2
+    rates = [(first if step < 10 else second).rate(step) for step in range(20)]
+    assert rates.index(max(rates)) == 4 and max(rates) == pytest.approx(0.01)
+    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] < 0.0012  # one cosine over both phases, to a tenth
+    assert third.rate(20) == pytest.approx(0.001)
+
+
+def test_yarn_without_a_length_takes_the_one_trained_before():
+    recipe = recipes.build({"model": {"pattern": "R"}, "phase": [
+        {"steps": 1, "lengths": {"128": 1}},
+        {"steps": 1, "lengths": {"512": 1}, "rope_scaling": "yarn", "rope_factor": 4},
+    ]})  # fmt: skip
+    assert recipe.stages()[1].config.rope_original_length == 128
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_builds_its_model(path):
+    recipe = recipes.build(recipes.read_toml(path), name=path.name)
+    with torch.device("meta"):
+        Transformer(recipe.model)
+    assert recipes.build(recipes.to_tables(recipe)) == recipe
+
+
+def test_run_names():
+    build = lambda **model: recipes.build({"model": model, "phase": [{"steps": 1, "lengths": {"128": 1}}]})
+    assert recipes.run_name(build(pattern="rrrN", window=64), "laptop") == "laptop-r64r64r64N-s1"
+    assert recipes.run_name(build(pattern="R", qk_norm=True), "laptop") == "laptop-R-s1-qk"
+
+
+# Needles
+
+
+@pytest.mark.parametrize("length,hidden,asked,depth", [(129, 4, 4, None), (513, 8, 4, 0.0), (513, 8, 4, 1.0), (1024, 1, 1, 0.5)])
+def test_needles_lie_where_the_segments_say(corpus_folder, length, hidden, asked, depth):
+    corpus = load_corpus(corpus_folder)
+    tokenizer = corpus.tokenizer
+    for evaluation in (False, True):
+        needles = Needles(tokenizer, corpus.val if evaluation else corpus.train, evaluation)
+        example = needles.example(np.random.default_rng(3), length, hidden, asked, depth)
+        assert len(example.tokens) == len(example.answer) == len(example.segment) == length
+        assert example.tokens[0] == tokenizer.eot_token
+        text = lambda mask: tokenizer.decode_bytes(example.tokens[mask].tolist()).decode()
+        lines, questions = text(example.segment == NEEDLE).splitlines(), text(example.segment == QC).splitlines()
+        assert len(lines) == len(set(lines)) == hidden and len(questions) == asked
+        assert set(questions) <= set(lines)  # each question's answer stands in the context
+        keys = [line.split()[1] for line in lines]
+        assert len(set(keys)) == hidden
+        for i, question in enumerate(questions):
+            key, value = question.split()[1], question.split()[3]
+            assert text(example.answer == i) == value
+            assert held_out(key) == held_out(value) == evaluation
+            assert len(tokenizer.encode_ordinary(" " + key)) >= 2
+        assert (example.segment[:10] != CONTEXT).all() and (example.segment[0] == BEGIN)
+        assert (np.flatnonzero(example.segment == QC) == np.arange(length - (example.segment == QC).sum(), length)).all()
+        if depth is not None:
+            first = questions[0]
+            at = [i for i, line in enumerate(lines) if line == first][0]
+            starts = np.flatnonzero((example.segment == NEEDLE) & (example.tokens == tokenizer.encode_ordinary("#")[0]))
+            assert abs(starts[at] / length - depth) < 0.3
+
+
+def test_needle_score_on_planted_answers(corpus_folder):
+    """A "model" that knows the answers scores 1, one that is wrong in the last digit of each scores 0 with digits at 0.8."""
+    corpus = load_corpus(corpus_folder)
+    needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
+    examples = [needles.example(np.random.default_rng(i), 300, 4, 2) for i in range(3)]
+
+    class Oracle(torch.nn.Module):
+        def __init__(self, wrong):
+            super().__init__()
+            self.p, self.wrong = torch.nn.Parameter(torch.zeros(())), wrong
+
+        def hidden(self, tokens):
+            example = next(e for e in examples if np.array_equal(e.tokens[:-1], tokens[0].numpy()))
+            self.next = example.tokens[1:].copy()
+            ends = np.flatnonzero((example.answer[1:] >= 0) & (np.append(example.answer[2:], -1) != example.answer[1:]))
+            if self.wrong:
+                self.next[ends] = 0
+            return torch.from_numpy(self.next)[None, :, None].float()
+
+        def unembed(self, hidden):
+            return torch.nn.functional.one_hot(hidden[..., 0].long(), 1024).float()
+
+    right, wrong = needle_score(Oracle(False), examples), needle_score(Oracle(True), examples)
+    assert (right.exact, right.digits, right.error, right.questions) == (1, 1, 0, 6)
+    assert (wrong.exact, wrong.digits) == (0, pytest.approx(0.8))
+
+
+def test_validation_loss_leaves_end_of_text_out(corpus_folder):
+    """Against a slow sum over the targets, in nats and in bits per byte of the text."""
+    corpus = load_corpus(corpus_folder)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(window=16, vocab_size=1024, d_model=32, n_head=2, n_kv_head=1, d_ff=32))
+    nats, bits = validation_loss(model, corpus, 200, 1000)
+    total = counted = size = 0
+    for window in validation_windows(corpus, 200, 5):
+        logp = model(window[None, :-1])[0].log_softmax(-1)
+        for i, target in enumerate(window[1:].tolist()):
+            if target != corpus.tokenizer.eot_token:
+                total -= logp[i, target].item()
+                counted += 1
+                size += len(corpus.tokenizer.token_bytes(target))
+    assert nats == pytest.approx(total / counted, rel=1e-4)  # float32 sums of a thousand terms
+    assert bits == pytest.approx(total / np.log(2) / size, rel=1e-4)
+
+
+# The README's commands, on a small corpus
+
+
+def test_train_then_sample_as_subprocesses(tiny, corpus_folder, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = lambda *argv, **more: subprocess.run([sys.executable, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, **more)
+    done = command(ROOT / "train.py", tiny, "--data", corpus_folder)
+    assert done.returncode == 0, done.stderr
+    assert "validation loss" in done.stdout and "bits per byte" in done.stdout and "needles" in done.stdout and "greedy sample" in done.stdout
+    assert (tmp_path / "out" / "tiny-r16r16r16N-s1" / "last" / "model.safetensors").is_file()
+    done = command(ROOT / "sample.py", "--prompt", "def naïve(", "--max-new-tokens", "20", "--temperature", "0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def naïve(") and "new tokens" in done.stdout.splitlines()[-1]
+    again = command(ROOT / "sample.py", "--max-new-tokens", "20", "--temperature", "0", input="def naïve(")
+    assert again.stdout.splitlines()[:-1] == done.stdout.splitlines()[:-1]
+    done = command("-m", "lab.curves", "out/tiny-r16r16r16N-s1", "--out", "curves.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# Bad input: one line, status 2, nothing half-written
+
+MODEL = "batch_tokens = 512\n[model]\nwindow = 16\n"
+PHASE = "[[phase]]\nsteps = 1\nlengths = { 128 = 1 }\n"
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--patern", "R"], ["--patern", "--pattern"]),
+        (["--window", "wide"], ["--window", "wide"]),
+        (["--window", "0"], ["window 0"]),
+        (["--pattern", "rxN"], ["'rxN'", "'x'"]),
+        (["--pattern", "rrN"], ["'rrN'", "4 layers"]),
+        (["--max-steps", "-1"], ["-1"]),
+        (["--micro-batch", "0"], ["0"]),
+        (["--device", "cuda"], ["cuda", "cpu"]),
+        (["--device", "abacus"], ["abacus"]),
+        (["--backend", "magic"], ["magic"]),
+        (["--lr", "nan"], ["nan"]),
+        (["--needle-share", "1.5"], ["1.5"]),
+        (["--rope-theta", "30000"], ["--rope-theta", "phase 2"]),
+        (["--data", "nowhere"], ["nowhere", "data.prepare"]),
+        (["--init", "nowhere"], ["nowhere"]),
+        (["--out", "/proc/none/x"], ["/proc/none"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_bad_flags(error, tiny, corpus_folder, tmp_path, monkeypatch, flags, words):
+    if flags[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    line = error(train.main, tiny, *([] if "--data" in flags else ["--data", corpus_folder]), *flags)
+    assert all(word in line for word in words), line
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        (MODEL, ["no [[phase]]"]),
+        (MODEL + "patern = 'R'\n" + PHASE, ["patern", "'pattern'"]),
+        ("lrr = 1\n" + MODEL + PHASE, ["lrr", "'lr'"]),
+        (MODEL + PHASE + "stepz = 1\n", ["stepz", "'steps'"]),
+        ("lr = 'fast'\n" + MODEL + PHASE, ["lr", "'fast'", "float"]),
+        (MODEL + "qk_norm = 1\n" + PHASE, ["qk_norm", "bool"]),
+        ("[model]\npattern = 'rrrN'\n" + PHASE, ["'rrrN'", "window"]),
+        (MODEL + "[[phase]]\nsteps = 1\n", ["lengths"]),
+        (MODEL + "[[phase]]\nsteps = 1\nlengths = 128\n", ["lengths", "128"]),
+        (MODEL + "[[phase]]\nsteps = 1\nlengths = { long = 1 }\n", ["lengths", "long"]),
+        (MODEL + "[[phase]]\nsteps = 1\nlengths = { 100 = 1 }\n", ["100", "512"]),
+        (MODEL + "[[phase]]\nsteps = 0\nlengths = { 128 = 1 }\n", ["steps 0"]),
+        (MODEL + PHASE + "length_scale = 'ssmax'\n", ["ssmax", "[model]"]),
+        (MODEL + PHASE + "pattern = 'q'\n", ["phase 1", "'q'"]),
+        ("[model\n", ["TOML"]),
+        ("batch_tokens = 1_048_576\n[model]\nwindow = 16\n[[phase]]\nsteps = 1\nlengths = { 1048576 = 1 }\n", ["1,048,576", "larger"]),
+        ("needle_share = 1.0\n" + MODEL + "[[phase]]\nsteps = 1\nlengths = { 16 = 1 }\n", ["16", "needle"]),
+    ],
+)
+def test_bad_recipes(error, corpus_folder, tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    line = error(train.main, path, "--data", corpus_folder)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_recipe_names_those_that_are_there(error):
+    assert "laptop.toml" in error(train.main, "recipes/lapptop.toml")
+
+
+def test_bad_runs(run, error, corpus_folder, tmp_path, tiny):
+    run("--out", "x", "--max-steps", "2")
+    before = weights(tmp_path / "x")
+    assert "--resume" in error(train.main, tiny, "--data", corpus_folder, "--out", "x")
+    assert "nothing to resume" in error(train.main, "--resume", "nothing")
+    assert "--lr" in error(train.main, "--resume", "x", "--lr", "1")
+    assert "--seed" in error(train.main, "--resume", "x", "--seed", "2")
+    assert "d_model" in error(train.main, tiny, "--data", corpus_folder, "--out", "y", "--init", "x/last", "--d-model", "64")
+    assert "--pattern" in error(train.main, write(tmp_path, TINY.replace("[model]", "[model]\npattern = 'R'")), "--data", corpus_folder, "--out", "y", "--init", "x/last")
+    assert weights(tmp_path / "x") == before and not (tmp_path / "y").exists()
+    for name in ("config.json", "model.safetensors", "training.pt", "tokenizer.tiktoken"):
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(tmp_path / "x", tmp_path / "bad", symlinks=True)
+        path = tmp_path / "bad" / "last" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert name in error(train.main, "--resume", "bad")
+
+
+def write(folder, text):
+    path = folder / "other.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_checkpoint_and_a_corpus_with_other_tokenizers(run, error, corpus_folder, tmp_path, tiny):
+    run("--out", "x", "--max-steps", "1")
+    source = Path(os.__file__).parent
+    prepare([(name, (source / f"{name}.py").read_text()) for name in ("argparse", "inspect")], tmp_path / "other", vocab_size=1024, source="test")
+    assert "tokenizer" in error(train.main, tiny, "--data", tmp_path / "other", "--init", "x/last", "--out", "y")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, error, tmp_path, corpus_folder, tiny, monkeypatch):
+    real = Transformer.loss
+    calls = []
+    monkeypatch.setattr(Transformer, "loss", lambda self, *a: real(self, *a) * (float("nan") if self.training and calls.append(1) is None and len(calls) == 4 else 1.0))
+    line = error(train.main, tiny, "--data", corpus_folder, "--out", "x")
+    assert "step 3" in line and "nan" in line and "rate" in line and "norm" in line
+    assert torch.isfinite(Transformer.from_pretrained(tmp_path / "x" / "last").embed_tokens.weight).all()
+
+
+def test_running_out_of_memory_names_the_knob(run, error, corpus_folder, tiny, monkeypatch):
+    def loss(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Transformer, "loss", loss)
+    assert "--micro-batch" in error(train.main, tiny, "--data", corpus_folder, "--out", "x")
+
+
+def test_bad_samples(run, error, tmp_path):
+    assert "train.py" in error(sample.main, "--prompt", "x")
+    run("--out", "out/x", "--max-steps", "1")
+    assert "empty" in error(sample.main, "--prompt", "")
+    assert "temperature" in error(sample.main, "--prompt", "x", "--temperature", "-1")
+    assert "top_k 0" in error(sample.main, "--prompt", "x", "--top-k", "0")
+    assert "nowhere" in error(sample.main, "--prompt", "x", "--checkpoint", "nowhere")
+    assert "--max-new-tokens" in error(sample.main, "--prompt", "x", "--max-newtokens", "3")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    assert "UTF-8" in error(sample.main, "--file", tmp_path / "bytes")
+
+
+def test_samples_never_cut_a_character(run, capsys, monkeypatch, tmp_path):
+    """Whatever tokens come, what is printed is whole characters: here a model that spells out an emoji byte by byte."""
+    run("--out", "out/x", "--max-steps", "1")
+    tokenizer = train.load_tokenizer(tmp_path / "out/x/last")
+    emoji = tokenizer.encode_ordinary("🜚 né")
+    assert len(emoji) > 5  # several tokens a character
+    monkeypatch.setattr(Transformer, "stream", lambda self, *a, **k: (torch.tensor([token]) for token in emoji))
+    written = []
+    monkeypatch.setattr(sample, "print", lambda *words, **more: written.append(" ".join(words)), raising=False)
+    sample.main(["--prompt", "x"])
+    assert "".join(written[1:-1]) == "🜚 né" and not any("�" in piece for piece in written)
