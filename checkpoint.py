@@ -1,7 +1,7 @@
 """A model on disk: config.json and model.safetensors, as Hugging Face's Cohere2 has them, read and written without transformers.
 
-Cohere2 is this architecture in production (Command R7B), so `AutoModelForCausalLM.from_pretrained` opens what we save and
-`load_config` / `load_weights` open what it saves. What Cohere2 cannot say (a window without RoPE, qk_norm, ...) is saved
+Cohere2 is this architecture in production (Command R7B), so `AutoModelForCausalLM.from_pretrained` (4.57, 5.x) opens what we save
+and `load_config` / `load_weights` open what it saves. What Cohere2 cannot say (a window without RoPE, qk_norm, ...) is saved
 under a model_type of our own, so that transformers refuses it rather than run something else. Nothing is ever unpickled.
 
 Here a model is plain data: a dict of ModelConfig's fields, and a state dict. This file imports nothing of ours.
@@ -84,7 +84,7 @@ def to_cohere2(config: dict, dtype: str) -> dict | None:
         **{key: kind(config[ours]) if config[ours] is not None else None for ours, (key, kind, _) in KEYS.items()},
         "head_dim": d,
         "layer_types": ["sliding_attention" if letter in "rR" else "full_attention" for letter in layers],
-        "sliding_window": ENDLESS if "R" in letters or config["window"] is None else config["window"],  # never null: N needs one too
+        "sliding_window": ENDLESS if "R" in letters else config["window"] or ENDLESS,  # transformers wants one even for N
         "rope_parameters": {"rope_theta": theta, **rope},  # transformers 5.x
         "rope_theta": theta,  # 4.x, with rope_scaling
         "rope_scaling": None if scaling == "none" else rope,
@@ -121,7 +121,7 @@ def _from_cohere2(raw: dict) -> dict:
         raise ValueError(f"model_type {raw.get('model_type')!r} is not implemented: it reads 'cohere2' and {OURS!r}")
     _only_implemented(raw, IMPLEMENTED)
     if raw.get("quantization_config") is not None:
-        raise ValueError(f"quantization_config {raw['quantization_config']!r} is not implemented: give the weights in bf16 or float32")
+        raise ValueError(f"quantization_config {raw['quantization_config']!r} is not implemented: give bf16 or float32 weights")
     config = {ours: _typed(raw, *theirs) for ours, theirs in KEYS.items()}
     n = config["n_layer"]
     config["n_kv_head"] = config["n_kv_head"] or config["n_head"]
@@ -145,7 +145,8 @@ def _from_cohere2(raw: dict) -> dict:
     config["window"] = None if window is None or _typed(raw, "sliding_window", int, 4096) >= ENDLESS else window
     rotated = "R" if config["window"] is None else "r"
     letters = "".join(rotated if kind == "sliding_attention" else "N" for kind in types)
-    config["pattern"] = next(letters[:p] for p in range(1, n + 1) if n % p == 0 and letters[:p] * (n // p) == letters)
+    periods = (letters[:p] for p in range(1, n) if letters[:p] * (n // p) == letters)
+    config["pattern"] = next(periods, letters)
     return config | _from_rope(raw)
 
 
@@ -231,7 +232,8 @@ def load_weights(path: str | Path, model: torch.nn.Module, device: str | torch.d
     for shard in shards:  # the headers alone, so that a wrong file is refused before anything is read
         with _open(shard) as tensors:
             for key in tensors.keys():
-                name, shape, kind = key.removeprefix("model."), tensors.get_slice(key).get_shape(), tensors.get_slice(key).get_dtype()
+                name, tensor = key.removeprefix("model."), tensors.get_slice(key)
+                shape, kind = tensor.get_shape(), tensor.get_dtype()
                 if name not in shapes or name in found:
                     wrong.append(f"{key} is {'twice there' if name in found else 'not in this model'}")
                 elif shape != shapes[name] or kind not in ("BF16", "F16", "F32", "F64"):
@@ -247,7 +249,7 @@ def load_weights(path: str | Path, model: torch.nn.Module, device: str | torch.d
             for key in tensors.keys():  # a copy, because what safe_open returns is a view of the file
                 state[key.removeprefix("model.")] = tensors.get_tensor(key).to(device, dtype, copy=True)
     if tied and not torch.equal(state.pop("lm_head.weight", state["embed_tokens.weight"]), state["embed_tokens.weight"]):
-        raise ValueError(f"{path}: lm_head.weight differs from the embeddings that config.json ties it to: set tie_word_embeddings to false")
+        raise ValueError(f"{path}: lm_head.weight differs from the embeddings it is tied to: set tie_word_embeddings to false")
     model.load_state_dict(state, assign=True)
 
 
@@ -257,7 +259,7 @@ def _shards(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise FileNotFoundError(f"{single} not found, and no index of shards: copy the weights there (pickled ones, .bin or .pt, are not read)")
+        raise FileNotFoundError(f"{single} not found, nor an index of shards: copy the weights there (pickled ones are not read)")
     names = _read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} is damaged (weight_map is no map from tensors to files): copy it again from where it came")
@@ -303,22 +305,18 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that becomes `path` when the block ends, and vanishes when the block fails."""
+    """Yield an empty folder beside `path` (new) that becomes `path` when the block ends, and vanishes when the block fails."""
     path = Path(path)
-    partial, former = path.with_name(path.name + ".partial"), path.with_name(path.name + ".former")
-    for leftover in (partial, former):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # a process that was killed left it
     partial.mkdir(parents=True)
     try:
         yield partial
         for file in partial.rglob("*"):
             _sync(file)
         _sync(partial)
-        if path.exists():
-            os.replace(path, former)
         os.replace(partial, path)
         _sync(path.parent)
-        shutil.rmtree(former, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
