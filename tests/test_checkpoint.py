@@ -1,8 +1,8 @@
 """Checkpoints against transformers' own Cohere2, run live on small random models: both directions, to rounding error.
 
 TOLERANCE, relative to the largest entry: two float32 programs that order their sums differently stay within some 10 ulp
-(1.2e-7 each) a layer; measured, the worst of everything here is 2e-6. 2e-5 leaves ten times that, and test_planted_errors
-shows that the errors one really makes lie above it.
+(1.2e-7 each) a layer; the worst measured of everything here, gradients included, is 4e-6. 2e-5 leaves five times that for other
+machines, and the smallest planted error (theta off by 1%) makes 2e-3.
 """
 
 import json
@@ -177,22 +177,32 @@ def half_split(x, table):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-@pytest.mark.parametrize("error", ["none", "window + 1", "window - 1", "theta 1%", "half-split rotation", "rotation backwards", "RMS norm", "no logit_scale"])
+PLANTED = {
+    "none": {},
+    "window + 1": dict(window=8),
+    "window - 1": dict(window=6),
+    "theta 1%": dict(rope_theta=10_100.0),
+    "no logit_scale": dict(logit_scale=1.0),
+    "half-split rotation": {},
+    "rotation backwards": {},
+    "RMS norm": {},
+}
+
+
+@pytest.mark.parametrize("error", PLANTED)
 def test_planted_errors_exceed_the_tolerance(tmp_path, monkeypatch, error):
     ours = our_model(logit_scale=0.9)
     ours.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    c = ours.config
-    planted = {"window + 1": dict(window=8), "window - 1": dict(window=6), "theta 1%": dict(rope_theta=10_100.0), "no logit_scale": dict(logit_scale=1.0)}
-    ours.config = replace(c, **planted.get(error, {}))
+    ours.config = replace(ours.config, **PLANTED[error])
     if error == "half-split rotation":
         monkeypatch.setattr(attention, "rotate", half_split)
     if error == "rotation backwards":
         monkeypatch.setattr(attention, "rotate", lambda x, table, right=attention.rotate: right(x, table.conj()))
     if error == "RMS norm":
-        monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps))
+        monkeypatch.setattr(nn.LayerNorm, "forward", lambda n, x: nn.functional.rms_norm(x, n.normalized_shape, n.weight, n.eps))
     d = difference(ours(tokens()), theirs(tokens()).logits)
-    assert d < TOLERANCE if error == "none" else d > 5 * TOLERANCE, d
+    assert d < TOLERANCE if error == "none" else d > 50 * TOLERANCE, d
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,6 +318,29 @@ def test_tokenizer_json_alone(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
         load_tokenizer(tmp_path)
+
+
+def test_sample_runs_a_hugging_face_folder(tmp_path, capsys):
+    """What `python sample.py --checkpoint DIR` meets in Command R7B's folder, small: bf16 shards, 4.48's config.json, tokenizer.json alone,
+    an embedding with more rows than the tokenizer has ids, a begin-of-text other than end-of-text."""
+    import sample
+
+    train_tokenizer(["def attend(q, k, v): return softmax(q @ k.T) @ v\n" * 9], 270).save(tmp_path)
+    for name in ("tokenizer.tiktoken", "tokenizer_meta.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    ids = dict(bos_token_id=tokenizer["model"]["vocab"]["a"], eos_token_id=269, vocab_size=272)
+    their_model(dtype=torch.bfloat16, **ids, pad_token_id=0).save_pretrained(tmp_path, max_shard_size="30KB")
+    (tmp_path / "config.json").write_text(json.dumps(older_config(torch_dtype="bfloat16", **ids)))
+    (tmp_path / "generation_config.json").unlink()
+    sample.main(["--checkpoint", str(tmp_path), "--prompt", "def q", "--max-new-tokens", "30", "--temperature", "0", "--device", "cpu"])
+    shown = capsys.readouterr().out
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    read = load_tokenizer(tmp_path)
+    prompt = torch.tensor([[ids["bos_token_id"], *read.encode_ordinary("def q")]])
+    wanted = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False)[0, 1:].tolist()
+    wanted = wanted[: wanted.index(269)] if 269 in wanted else wanted
+    assert shown.startswith(read.decode_bytes(wanted).decode(errors="replace") + "\n[")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
