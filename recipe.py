@@ -24,6 +24,7 @@ from data.corpus import DEFAULT_CORPUS
 from model import ModelConfig
 
 OVERRIDES = ("pattern", "window", "rope_theta", "rope_scaling", "rope_factor", "rope_original_length", "length_scale", "length_base")
+HELD = ("needle_share", "answer_weight", "lr", "warmup")  # fields of Recipe that a phase may set anew
 TREATMENT = (*OVERRIDES, "trained_length")  # how positions are treated; every other field of ModelConfig is the model's shape
 
 
@@ -34,6 +35,7 @@ class Phase:
     steps: int
     lengths: dict[int, int]  # context length -> share of the steps; every step has batch_tokens tokens
     needle_share: float | None = None  # of the sequences
+    answer_weight: float | None = None
     lr: float | None = None  # starts a new warm-up and cosine
     warmup: int | None = None
     pattern: str | None = None
@@ -55,7 +57,8 @@ class Recipe:
     seed: int = 1
     data: str = str(DEFAULT_CORPUS)  # a prepared corpus
     batch_tokens: int = 4096  # per step, over all micro-batches and processes
-    needle_share: float = 0.5  # of the sequences that carry needles
+    needle_share: float = 0.0  # of the sequences that carry needles
+    answer_weight: float = 0.5  # of all answers to needles together, beside 1 for all tokens together
     lr: float = 0.006  # of Muon (matched to AdamW's scale) and AdamW alike
     warmup: int = 50  # steps
     weight_decay: float = 0.01  # of the matrices inside the layers
@@ -67,7 +70,7 @@ class Recipe:
     def __post_init__(self):
         if not self.phase:
             raise ValueError("the recipe has no [[phase]]: give at least one, with steps and lengths")
-        for name, low, strict in (("lr", 0, True), ("clip", 0, True), ("weight_decay", 0, False), ("warmup", 0, False), ("seed", 0, False)):
+        for name, low, strict in (("lr", 0, True), ("clip", 0, True), ("weight_decay", 0, False), ("answer_weight", 0, False), ("warmup", 0, False), ("seed", 0, False)):
             value = getattr(self, name)
             if not math.isfinite(value) or value < low or (strict and value == low):
                 raise ValueError(f"{name} {value} must be {'above' if strict else 'at least'} {low}")
@@ -90,8 +93,9 @@ class Recipe:
                 raise ValueError(f"{where}length {length} does not divide batch_tokens {self.batch_tokens}: every step has the same tokens")
         if phase.lr is not None and not (math.isfinite(phase.lr) and phase.lr > 0):
             raise ValueError(f"{where}lr {phase.lr} must be above 0")
-        if phase.warmup is not None and phase.warmup < 0:
-            raise ValueError(f"{where}warmup {phase.warmup} must be at least 0")
+        for name in ("warmup", "answer_weight"):
+            if (getattr(phase, name) or 0) < 0:
+                raise ValueError(f"{where}{name} {getattr(phase, name)} must be at least 0")
         if phase.length_scale == "ssmax" != self.model.length_scale:
             raise ValueError(f"{where}length_scale 'ssmax' owns weights, so a phase cannot switch it on: put it under [model]")
 
@@ -103,7 +107,8 @@ class Recipe:
     def stages(self) -> list["Stage"]:
         """The phases with every override carried forward, and the stretch that each learning-rate schedule covers."""
         stages: list[Stage] = []
-        config, share, lr, warmup, start, since = self.model, self.needle_share, self.lr, self.warmup, 0, 0
+        config, start, since = self.model, 0, 0
+        held = {name: getattr(self, name) for name in HELD}
         for number, phase in enumerate(self.phase, 1):
             changes = {name: getattr(phase, name) for name in OVERRIDES if getattr(phase, name) is not None}
             if changes.get("rope_scaling", "none") != "none":
@@ -113,14 +118,12 @@ class Recipe:
             except ValueError as error:
                 raise ValueError(f"phase {number}: {error}") from error
             config = replace(config, trained_length=max(config.trained_length or 0, *phase.lengths))
-            share = share if phase.needle_share is None else phase.needle_share
-            if not 0 <= share <= 1:
-                raise ValueError(f"phase {number}: needle_share {share} is not between 0 and 1")
+            held |= {name: getattr(phase, name) for name in HELD if getattr(phase, name) is not None}
+            if not 0 <= held["needle_share"] <= 1:
+                raise ValueError(f"phase {number}: needle_share {held['needle_share']} is not between 0 and 1")
             if phase.lr is not None and start > 0:
                 since = start
-            lr = phase.lr or lr
-            warmup = warmup if phase.warmup is None else phase.warmup
-            stages.append(Stage(start, start + phase.steps, phase.lengths, config, share, lr, warmup, since))
+            stages.append(Stage(start, start + phase.steps, phase.lengths, config, **held, since=since))
             start += phase.steps
         ends = {stage.since: stage.end for stage in stages}  # the last stage of each schedule ends it
         return [replace(stage, until=ends[stage.since]) for stage in stages]
@@ -135,6 +138,7 @@ class Stage:
     lengths: dict[int, int]
     config: ModelConfig
     needle_share: float
+    answer_weight: float
     lr: float
     warmup: int
     since: int
@@ -260,7 +264,7 @@ def command_line(description: str) -> CommandLine:
     """Run options, then one flag for each field of Recipe and ModelConfig."""
     parser = CommandLine(prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     unset = {"default": argparse.SUPPRESS}
-    parser.add_argument("recipe", nargs="?", type=Path, help="a TOML file (default: recipes/laptop.toml)", **unset)
+    parser.add_argument("recipe", nargs="?", type=Path, help="a TOML file (default: recipes/laptop.toml)")
     parser.add_argument("--out", type=Path, help="the run's folder (default: out/<recipe>-<pattern>-s<seed>)", **unset)
     parser.add_argument("--resume", nargs="?", type=Path, const=None, metavar="RUN", help="continue the run in this folder", **unset)
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights", **unset)

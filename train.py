@@ -118,7 +118,7 @@ class Run:
 def read(argv: list[str] | None) -> Run:
     """The run that the command line asks for, with its folder made last. Raises ValueError or OSError with the whole message."""
     args = vars(recipes.command_line(__doc__).parse(argv))
-    path = args.pop("recipe", HERE / "recipes" / "laptop.toml")
+    path = args.pop("recipe") or HERE / "recipes" / "laptop.toml"
     options = {key: args.pop(key) for key in ("out", "resume", "init", "max_steps", "micro_batch", "device", "backend", "compile") if key in args}
     resuming = "resume" in options
     if resuming and (options.keys() | args.keys()) - WITH_RESUME:
@@ -147,7 +147,7 @@ def read(argv: list[str] | None) -> Run:
         for length in stage.lengths:
             if min(len(corpus.train), len(corpus.val)) <= length:
                 raise ValueError(f"the corpus {recipe.data} has {min(len(corpus.train), len(corpus.val)):,} tokens in a split and the recipe reads {length:,} at a time: prepare a larger one, or train shorter")
-            training_batch(corpus, needles, recipe.seed, 0, length, length, stage.needle_share)
+            training_batch(corpus, needles, recipe.seed, 0, length, length, float(stage.needle_share > 0))
     source = out / "last" if resuming else options.get("init")
     if source is not None and load_tokenizer(source).hash != corpus.tokenizer.hash:
         raise ValueError(f"the checkpoint {source} and the corpus {recipe.data} have different tokenizers: give the checkpoint's own corpus with --data, or start without it")
@@ -276,7 +276,9 @@ def stage_at(stages: list[Stage], step: int) -> Stage:
 def batch_of(run: Run, stages: list[Stage], step: int) -> Batch:
     """The global batch of a step: nothing but the recipe and the step decides it."""
     stage = stage_at(stages, step)
-    return training_batch(run.corpus, run.needles, run.recipe.seed, step, stage.length(step), run.recipe.batch_tokens, stage.needle_share)
+    return training_batch(
+        run.corpus, run.needles, run.recipe.seed, step, stage.length(step), run.recipe.batch_tokens, stage.needle_share, stage.answer_weight
+    )
 
 
 def update(run: Run, batch: Batch, loss_of, lr: float) -> tuple[float, float]:

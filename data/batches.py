@@ -13,13 +13,9 @@ from torch import Tensor
 
 from data.corpus import Corpus
 from data.needles import Example, Needles
-
-ANSWER_WEIGHT = 0.5  # of all answer tokens together, beside 1 for all tokens together
-
-
 @dataclass(frozen=True)
 class Batch:
-    """tokens, targets (b t) int64 and weights (b t) float32, of which the sum over the global batch is 1 (1.5 with answers)."""
+    """tokens, targets (b t) int64 and weights (b t) float32, of which the sum over the global batch is 1, or 1 + answer_weight."""
 
     tokens: Tensor
     targets: Tensor
@@ -40,8 +36,20 @@ def window(ids: np.ndarray, start: int, length: int, eot: int) -> np.ndarray:
     return np.concatenate(([eot], ids[start : start + length])).astype(np.int64)
 
 
-def training_batch(corpus: Corpus, needles: Needles | None, seed: int, step: int, length: int, batch_tokens: int, needle_share: float) -> Batch:
-    """The global batch of `step`: batch_tokens / length sequences, of which `needle_share` carry needles."""
+def training_batch(
+    corpus: Corpus,
+    needles: Needles | None,
+    seed: int,
+    step: int,
+    length: int,
+    batch_tokens: int,
+    needle_share: float = 0.0,
+    answer_weight: float = 0.5,
+) -> Batch:
+    """The global batch of `step`: batch_tokens / length sequences, of which `needle_share` carry needles.
+
+    Every target weighs 1 / N, and each of the A answer tokens another answer_weight / A, counted over this whole batch.
+    """
     rng = np.random.default_rng([seed, step])
     count = max(batch_tokens // length, 1)
     with_needles = round(count * needle_share)
@@ -55,7 +63,7 @@ def training_batch(corpus: Corpus, needles: Needles | None, seed: int, step: int
         answers[:with_needles] = torch.from_numpy(np.stack([example.answer >= 0 for example in examples]))
     answers = answers[:, 1:]
     weights = torch.full(answers.shape, 1 / answers.numel())
-    weights[answers] += ANSWER_WEIGHT / max(int(answers.sum()), 1)
+    weights[answers] += answer_weight / max(int(answers.sum()), 1)
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights)
 
 
