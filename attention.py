@@ -83,8 +83,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     A rotation keeps norms, and <rotate(q, m), rotate(k, n)> depends on m - n alone: position enters as distance.
     """
-    pairs = torch.view_as_complex(x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    pairs = torch.view_as_complex((x.float() if narrow else x).view(*x.shape[:-1], -1, 2))
+    turned = torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)
+    return turned.to(x.dtype) if narrow else turned
 
 
 def length_scale(kind: str, positions: Tensor, base: int | None) -> Tensor | None:
@@ -260,7 +262,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = F
     """PyTorch's fused kernel. mask (t s); without one and without `causal` every query sees every key."""
     group = q.shape[1] // k.shape[1]
     if q.shape[2] == 1:  # decoding: the queries of a group become the rows of one product with their shared keys
-        return F.scaled_dot_product_attention(q.unflatten(1, (-1, group)).squeeze(3), k, v, mask).flatten(1, 2).unsqueeze(2)
+        b, h, _, d = q.shape
+        return F.scaled_dot_product_attention(q.reshape(b, h // group, group, d), k, v, mask).reshape(b, h, 1, -1)
     if mask is not None and q.is_cuda and group > 1:  # CUDA's masked kernels do not group: PyTorch would write out (t s)
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
@@ -362,21 +365,23 @@ class KVCache:
         for rows, held in self.positions.items():
             newest = q_pos[-rows:]
             self.slots[rows] = newest % rows
-            before = held[: min(self.length, rows)].clone()
-            held[self.slots[rows]] = newest
-            met[rows] = torch.cat((before, q_pos)) if self._chunked(rows, t) else held[: min(self.length + t, rows)]
+            if self._chunked(rows, t):
+                met[rows] = torch.cat((held[: min(self.length, rows)], q_pos))
+            held.index_copy_(0, self.slots[rows], newest)
+            met.setdefault(rows, held[: min(self.length + t, rows)])
         self.length += t
         return q_pos, met
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's k and v (b k t d) for the tokens just advanced over; return those that their queries meet (b k s d)."""
-        rows, t = self.rows[layer], k.shape[2]
-        met = []
-        for store, new in ((self.k[layer], k.to(self.k[layer].dtype)), (self.v[layer], v.to(self.v[layer].dtype))):
-            before = store[:, :, : min(self.length - t, rows)]
-            joined = torch.cat((before, new), dim=2) if self._chunked(rows, t) else None
+        rows, t, met = self.rows[layer], k.shape[2], []
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            new = new if new.dtype == store.dtype else new.to(store.dtype)
+            if self._chunked(rows, t):
+                met.append(torch.cat((store[:, :, : min(self.length - t, rows)], new), dim=2))
             store.index_copy_(2, self.slots[rows], new[:, :, -rows:])
-            met.append(store[:, :, : min(self.length, rows)] if joined is None else joined)
+            if not self._chunked(rows, t):
+                met.append(store[:, :, : min(self.length, rows)])
         return met[0], met[1]
 
     def _chunked(self, rows: int, t: int) -> bool:
@@ -418,9 +423,9 @@ class Attention(nn.Module):
         if ssmax:
             self.s_scale = nn.Parameter(torch.full((n_head,), 0.168))
 
-    def forward(self, x: Tensor, spec: LayerSpec, context: Context, layer: int) -> Tensor:
-        """x (b t c) -> (b t c)."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, context: Context, layer: int) -> Tensor:
+        """q (b t (h d)), k and v (b t (k d)), as `q_proj`, `k_proj` and `v_proj` give them -> (b t c)."""
+        q, k, v = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))
         if hasattr(self, "q_norm"):  # before the rotation
             q, k = self.q_norm(q), self.k_norm(k)
         if spec.rope:

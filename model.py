@@ -7,6 +7,7 @@ weights have Hugging Face's names, so a checkpoint needs no renaming.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -122,8 +123,14 @@ def layer_plan(config: ModelConfig) -> list[LayerSpec]:
     return specs * (config.n_layer // len(pattern))
 
 
+@lru_cache(maxsize=16)
+def _frequencies(c: ModelConfig) -> tuple[Tensor, float]:
+    with torch.inference_mode(False):
+        return rotary_frequencies(c.head_width, c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_original_length)
+
+
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), (b t c) -> (b t c)."""
+    """SwiGLU: down(silu(gate) * up)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -131,8 +138,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """gate and up (b t f), as `gate_proj` and `up_proj` give them -> (b t c)."""
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -151,27 +159,53 @@ class Block(nn.Module):
             config.norm_eps,
         )
         self.mlp = MLP(config)
+        self.widths = [reader.out_features for reader in self.readers()]
+        self.joined: Tensor | None = None  # see `join`
 
     def forward(self, x: Tensor, spec: LayerSpec, context: Context, layer: int) -> Tensor:
+        """x (b t c) -> (b t c)."""
         h = self.input_layernorm(x)
-        return x + self.self_attn(h, spec, context, layer) + self.mlp(h)
+        if x.shape[1] == 1 and self.is_joined():
+            q, k, v, gate, up = (h @ self.joined).split_with_sizes(self.widths, dim=-1)
+        else:
+            q, k, v, gate, up = (reader(h) for reader in self.readers())
+        return x + self.self_attn(q, k, v, spec, context, layer) + self.mlp(gate, up)
+
+    def readers(self) -> tuple[nn.Linear, ...]:
+        """The five matrices that read the norm's output."""
+        attn, mlp = self.self_attn, self.mlp
+        return attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def join(self) -> None:
+        """Lay the five side by side, (c all), their parameters views of it. Decoding is bound by reading the matrices, and since
+        attention and feed-forward run in parallel one product can read all five. Another layout may round in another way."""
+        if not self.is_joined():
+            self.joined = torch.cat([reader.weight for reader in self.readers()]).t().contiguous()
+            for reader, part in zip(self.readers(), self.joined.split(self.widths, dim=1)):
+                reader.weight.data = part.t()
+
+    def is_joined(self) -> bool:
+        """Are the parameters (still) views of `joined`? Moving or casting the model undoes it."""
+        return self.joined is not None and self.joined.data_ptr() == self.self_attn.q_proj.weight.data_ptr()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of weights x cross-entropy of scale x hidden matrix^T: hidden (n c), matrix (v c), targets and weights (n).
+    `wanted`: will there be a backward pass?
 
     The gradient of the logits is softmax - one-hot, known as soon as the logits are; so each chunk of rows turns its
     logits into gradients at once, and the (n v) logits of a long context never stand in memory.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor, scale: float) -> Tensor:
+    def forward(ctx, hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor, scale: float, wanted: bool) -> Tensor:
         counted = targets != -100
-        targets = targets.clamp(min=0)
+        targets = targets.masked_fill(~counted, 0)
         weights = (weights * counted).to(torch.promote_types(hidden.dtype, torch.float32))
         matrix = matrix.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device, dtype=weights.dtype)
-        wanted = any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_matrix = torch.zeros_like(matrix, dtype=weights.dtype) if wanted else None
         rows = max(LOGITS_AT_ONCE.get(hidden.device.type, 2**26) // matrix.shape[0], 1)
@@ -191,7 +225,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total: Tensor):
         d_hidden, d_matrix = ctx.saved_tensors
-        return d_total * d_hidden, d_total * d_matrix, None, None, None
+        return d_total * d_hidden, d_total * d_matrix, None, None, None, None
 
 
 class Transformer(nn.Module):
@@ -230,8 +264,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """(b t c) after the final norm. A list given as `layers` collects the residual stream: embeddings, then each block's."""
         plan = layer_plan(self.config)
-        context = self._context(plan, tokens.shape[1], tokens.device, cache, weights)
         x = self.embed_tokens(tokens)
+        context = self._context(plan, tokens.shape[1], tokens.device, cache, weights)
         if layers is not None:
             layers.append(x)
         for i, (block, spec) in enumerate(zip(self.layers, plan, strict=True)):
@@ -250,9 +284,7 @@ class Transformer(nn.Module):
             assert cache.rows == self._rows(plan, cache.max_length), "this cache was made for another pattern or window"
             q_pos, met = cache.advance(t)
             k_pos = {spec.window: met[rows] for spec, rows in zip(plan, cache.rows)}
-        frequencies, amplitude = rotary_frequencies(
-            c.head_width, c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_original_length
-        )
+        frequencies, amplitude = _frequencies(c)
         context = Context(
             table=rotary_table(q_pos, frequencies, amplitude),
             scale=length_scale(c.length_scale, q_pos, c.length_base or c.trained_length),
@@ -264,11 +296,10 @@ class Transformer(nn.Module):
             weights=weights,
         )
         for window in {spec.window for spec in plan}:
-            full_layer_too = self.backend in ("auto", "reference", "flex")
-            backend = self.backend if window is not None or full_layer_too else "sdpa"
-            if cache is not None:  # chunks of a sequence: only the kernels that take positions
-                backend = "reference" if self.backend == "reference" else "sdpa"
-            backend = context.backends[window] = choose_backend(backend, window, t, device, cached=cache is not None)
+            backend = choose_backend(self.backend, window, t, device, cached=cache is not None)
+            if backend == "banded" and window is None or cache is not None and backend != "reference":
+                backend = "sdpa"  # banded is for windows; only sdpa and reference take a chunk of a sequence
+            context.backends[window] = backend
             if cache is None or t > 1:
                 context.masks[window] = make_mask(backend, window, t, device, context.q_pos, k_pos and k_pos[window])
         return context
@@ -288,7 +319,7 @@ class Transformer(nn.Module):
         if weights is None:
             weights = torch.full(targets.shape, 1.0, device=targets.device) / (targets != -100).sum().clamp(min=1)
         matrix = self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
-        return LinearCrossEntropy.apply(hidden, matrix, targets, weights.flatten(), self.config.logit_scale)
+        return LinearCrossEntropy.apply(hidden, matrix, targets, weights.flatten(), self.config.logit_scale, torch.is_grad_enabled())
 
     # Text
 
@@ -338,6 +369,8 @@ class Transformer(nn.Module):
         self.check_settings(tokens, max_new_tokens, temperature, top_k, top_p)
         if cache is None:
             cache = self.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+        for block in self.layers:
+            block.join()
         ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         for i in range(max_new_tokens):
             logits = self.prefill(tokens if i == 0 else token[:, None], cache)

@@ -31,7 +31,7 @@ from data.corpus import DEFAULT_CORPUS, Corpus, load_corpus
 from data.needles import Needles
 from data.prepare import prepare_stdlib
 from data.tokenizer import load_tokenizer
-from lab.evaluate import NEEDLES, QUESTIONS, fits, needle_score, needle_table, validation_loss
+from lab.evaluate import needle_score, needle_table, validation_loss
 from model import Transformer, layer_plan
 from recipe import Recipe, Stage
 
@@ -255,9 +255,12 @@ def train(run: Run) -> None:
         if run.step % recipe.eval_every == 0 or run.step in (stage.end, run.max_steps):
             nats, bits = validation_loss(model, corpus, stage.longest, recipe.eval_tokens)
             entry = {"step": run.step, "length": stage.longest, "val_loss": nats, "val_bits_per_byte": bits}
-            if held_out and fits(held_out, stage.longest):
-                entry["needles"] = needle_score(model, held_out_examples(held_out, stage.longest, 8, NEEDLES, QUESTIONS)).exact
+            if held_out:
+                examples = held_out_examples(held_out, stage.longest, 8, *held_out.counts(stage.longest))
+                entry["needles"] = needle_score(model, examples).exact
             log.write(**entry)
+            needles = f", needles {entry['needles']:.2f}" if held_out else ""
+            bar.write(f"step {run.step}: validation loss {nats:.3f}, {bits:.3f} bits per byte{needles} at {stage.longest:,} tokens")
             improved = nats < run.best
             run.best = min(nats, run.best)
             save(run, improved)

@@ -14,7 +14,7 @@ import numpy as np
 from data.tokenizer import Tokenizer
 
 BEGIN, NEEDLE, CONTEXT, QC = range(4)  # the paper's segments: first 10 tokens, needles, all else, question and completion
-DIGITS = 5  # of a value
+DIGITS = 4  # of a value
 HELD_OUT = 5  # one key or value in five is held out
 SLACK = 2048  # tokens in which a line must end
 

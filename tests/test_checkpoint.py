@@ -136,6 +136,7 @@ def test_transformers_runs_what_we_save(tmp_path, changes):
     assert isinstance(theirs, Cohere2ForCausalLM) and theirs.dtype == torch.float32
     assert not any(report.values()), f"tensors that transformers did not match: {report}"
     assert theirs.config.eos_token_id == theirs.config.bos_token_id == theirs.generation_config.eos_token_id == V - 1
+    expected = ours(tokens())  # before anything is generated: decoding lays matrices out anew, and another layout rounds otherwise
     check_same_model(ours, theirs.eval())
 
     theirs.save_pretrained(tmp_path / "b")  # and back, through their writer
@@ -147,7 +148,7 @@ def test_transformers_runs_what_we_save(tmp_path, changes):
             assert back.config.rope_theta == 10_000 * 4 ** (8 / 6)
         elif ours.config.window is None or "r" in ours.config.pattern:
             assert back.config == ours.config
-        assert torch.equal(back(tokens()), ours(tokens()))
+        assert torch.equal(back(tokens()), expected)
 
 
 @pytest.mark.parametrize("changes", THEIRS.values(), ids=THEIRS)
