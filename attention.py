@@ -73,9 +73,9 @@ def rotary_frequencies(
 
 
 def rotary_table(positions: Tensor, frequencies: Tensor, amplitude: float = 1.0) -> Tensor:
-    """amplitude * e^(i position frequency): (t d/2) complex64 from (t) positions. Angles in float32, whatever the model is in."""
+    """amplitude * (cos, sin) of each pair's angle: (t d/2 2) from (t) positions. Float32, whatever the model is in."""
     angles = positions.float()[:, None] * frequencies.to(positions.device)
-    return torch.polar(torch.full_like(angles, amplitude), angles)
+    return amplitude * torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -84,8 +84,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     A rotation keeps norms, and <rotate(q, m), rotate(k, n)> depends on m - n alone: position enters as distance.
     """
     narrow = x.dtype in (torch.bfloat16, torch.float16)
-    pairs = torch.view_as_complex((x.float() if narrow else x).view(*x.shape[:-1], -1, 2))
-    turned = torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)
+    pairs = (x.float() if narrow else x).view(*x.shape[:-1], -1, 2)
+    if torch.compiler.is_compiling():  # the compiler has no complex numbers, and fuses these
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unsqueeze(1).unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table).unsqueeze(1))
+    turned = turned.flatten(-2)
     return turned.to(x.dtype) if narrow else turned
 
 
@@ -340,7 +345,12 @@ class KVCache:
         self.k = [torch.zeros(shape(rows), device=device, dtype=dtype) for rows in self.rows]
         self.v = [torch.zeros(shape(rows), device=device, dtype=dtype) for rows in self.rows]
         self.positions = {rows: torch.full((rows,), -1, device=device) for rows in set(self.rows)}
-        self.slots: dict[int, Tensor] = {}
+        self.clock: Tensor | None = None  # see `fix_shapes`
+
+    def fix_shapes(self) -> None:
+        """From here on one token at a time, at shapes that never change, so that the step can be compiled and captured into a CUDA
+        graph: time is a tensor, every row of a ring is met, and empty ones are masked. Whoever steps calls `reserve`."""
+        self.clock = torch.tensor([self.length], device=self.k[0].device)
 
     @property
     def nbytes(self) -> int:
@@ -352,36 +362,43 @@ class KVCache:
         """Bytes of keys and values if every layer held everything."""
         return sum(x.nbytes // rows * self.max_length for xs in (self.k, self.v) for x, rows in zip(xs, self.rows))
 
-    def advance(self, t: int) -> tuple[Tensor, dict[int, Tensor]]:
-        """Make room for the next t tokens -> their positions (t), and for each ring size the positions (s) its queries meet.
-
-        Raises ValueError when the cache is full.
-        """
+    def reserve(self, t: int) -> None:
+        """Count t more tokens. Raises ValueError, and changes nothing, when the cache is full."""
         if self.length + t > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens and has {self.length}: {t} more need a larger max_length")
-        device = next(iter(self.positions.values())).device
-        q_pos = torch.arange(self.length, self.length + t, device=device)
-        met = {}
+        self.length += t
+
+    def advance(self, t: int) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+        """Make room for the next t tokens -> their positions (t); for each ring size the slots that the newest go to, and the
+        positions (s) that the queries meet. Raises ValueError when the cache is full.
+        """
+        device, slots, met = self.k[0].device, {}, {}
+        if self.clock is None:
+            self.reserve(t)
+            q_pos = torch.arange(self.length - t, self.length, device=device)
+        else:
+            q_pos = self.clock.clone()
+            self.clock += t
         for rows, held in self.positions.items():
             newest = q_pos[-rows:]
-            self.slots[rows] = newest % rows
+            slots[rows] = newest % rows
             if self._chunked(rows, t):
-                met[rows] = torch.cat((held[: min(self.length, rows)], q_pos))
-            held.index_copy_(0, self.slots[rows], newest)
-            met.setdefault(rows, held[: min(self.length + t, rows)])
-        self.length += t
-        return q_pos, met
+                met[rows] = torch.cat((held[: min(self.length - t, rows)], q_pos))
+            held.index_copy_(0, slots[rows], newest)
+            if not self._chunked(rows, t):
+                met[rows] = held if self.clock is not None else held[: min(self.length, rows)]
+        return q_pos, slots, met
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, k: Tensor, v: Tensor, slots: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Store a layer's k and v (b k t d) for the tokens just advanced over; return those that their queries meet (b k s d)."""
         rows, t, met = self.rows[layer], k.shape[2], []
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             new = new if new.dtype == store.dtype else new.to(store.dtype)
             if self._chunked(rows, t):
                 met.append(torch.cat((store[:, :, : min(self.length - t, rows)], new), dim=2))
-            store.index_copy_(2, self.slots[rows], new[:, :, -rows:])
+            store.index_copy_(2, slots[rows], new[:, :, -rows:])
             if not self._chunked(rows, t):
-                met.append(store[:, :, : min(self.length, rows)])
+                met.append(store if self.clock is not None else store[:, :, : min(self.length, rows)])
         return met[0], met[1]
 
     def _chunked(self, rows: int, t: int) -> bool:
@@ -397,13 +414,14 @@ class KVCache:
 class Context:
     """What the layers of one forward share, made once by the model."""
 
-    table: Tensor  # rotary table of the queries' positions (t d/2)
+    table: Tensor  # rotary table of the queries' positions (t d/2 2)
     scale: Tensor | None  # length scale of the full NoPE layers (t)
     backends: dict[int | None, str]  # per window
-    masks: dict[int | None, Tensor | BlockMask | None]  # per window
+    masks: dict[int | None, Tensor | BlockMask | None]  # per window; none at all for one query over its cache
     cache: KVCache | None = None
     q_pos: Tensor | None = None  # under a cache (t)
     k_pos: dict[int | None, Tensor] | None = None  # under a cache, per window (s)
+    slots: dict[int, Tensor] | None = None  # under a cache, per ring size
     weights: list | None = None  # collects (attention weights, key positions) of each layer
 
 
@@ -436,12 +454,12 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # b t h d -> b h t d
         q_pos = k_pos = None
         if context.cache is not None:
-            k, v = context.cache.extend(layer, k, v)
+            k, v = context.cache.extend(layer, k, v, context.slots)
             q_pos, k_pos = context.q_pos, context.k_pos[spec.window]
         if context.weights is not None:
             positions = _positions(q, k, q_pos, k_pos)
             context.weights.append((attention_weights(q, k, spec.window, *positions), positions[1]))
-        if q_pos is not None and q.shape[2] == 1:  # one query sees every key that its cache holds: no mask
+        if spec.window not in context.masks:  # one query sees every key that its cache holds
             y = _sdpa(q, k, v, None)
         else:
             backend, mask = context.backends[spec.window], context.masks[spec.window]

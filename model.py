@@ -7,7 +7,6 @@ weights have Hugging Face's names, so a checkpoint needs no renaming.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -123,12 +122,6 @@ def layer_plan(config: ModelConfig) -> list[LayerSpec]:
     return specs * (config.n_layer // len(pattern))
 
 
-@lru_cache(maxsize=16)
-def _frequencies(c: ModelConfig) -> tuple[Tensor, float]:
-    with torch.inference_mode(False):
-        return rotary_frequencies(c.head_width, c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_original_length)
-
-
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate) * up)."""
 
@@ -165,7 +158,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, spec: LayerSpec, context: Context, layer: int) -> Tensor:
         """x (b t c) -> (b t c)."""
         h = self.input_layernorm(x)
-        if x.shape[1] == 1 and self.is_joined():
+        if x.shape[1] == 1 and not torch.compiler.is_compiling() and self.is_joined():
             q, k, v, gate, up = (h @ self.joined).split_with_sizes(self.widths, dim=-1)
         else:
             q, k, v, gate, up = (reader(h) for reader in self.readers())
@@ -236,6 +229,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.backend = "auto"  # the kernel of the windowed layers
+        self._compiled_step = None  # see `compile_decoding`
         self.recompute = False  # keep only the blocks' inputs for the backward pass (activation checkpointing)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -277,14 +271,16 @@ class Transformer(nn.Module):
     def _context(self, plan: list[LayerSpec], t: int, device, cache: KVCache | None, weights: list | None) -> Context:
         """Positions, tables and masks: one of each kind per forward, however many layers there are."""
         c = self.config
-        k_pos = None
+        k_pos = slots = None
         if cache is None:
             q_pos = torch.arange(t, device=device)
         else:
             assert cache.rows == self._rows(plan, cache.max_length), "this cache was made for another pattern or window"
-            q_pos, met = cache.advance(t)
+            q_pos, slots, met = cache.advance(t)
             k_pos = {spec.window: met[rows] for spec, rows in zip(plan, cache.rows)}
-        frequencies, amplitude = _frequencies(c)
+        frequencies, amplitude = rotary_frequencies(
+            c.head_width, c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_original_length
+        )
         context = Context(
             table=rotary_table(q_pos, frequencies, amplitude),
             scale=length_scale(c.length_scale, q_pos, c.length_base or c.trained_length),
@@ -293,6 +289,7 @@ class Transformer(nn.Module):
             cache=cache,
             q_pos=None if cache is None else q_pos,
             k_pos=k_pos,
+            slots=slots,
             weights=weights,
         )
         for window in {spec.window for spec in plan}:
@@ -300,7 +297,7 @@ class Transformer(nn.Module):
             if backend == "banded" and window is None or cache is not None and backend != "reference":
                 backend = "sdpa"  # banded is for windows; only sdpa and reference take a chunk of a sequence
             context.backends[window] = backend
-            if cache is None or t > 1:
+            if cache is None or t > 1 or cache.clock is not None:
                 context.masks[window] = make_mask(backend, window, t, device, context.q_pos, k_pos and k_pos[window])
         return context
 
@@ -350,6 +347,23 @@ class Transformer(nn.Module):
             hidden = self.hidden(chunk, cache)
         return self.unembed(hidden[:, -1:])[:, 0]
 
+    def compile_decoding(self) -> None:
+        """Compile the decode step (into a CUDA graph, on CUDA): seconds or minutes once, then less time a token."""
+        graphs = {"mode": "reduce-overhead"} if self.embed_tokens.weight.is_cuda else {}
+        self._compiled_step = torch.compile(self._logits_after, fullgraph=True, dynamic=False, **graphs)
+
+    def _logits_after(self, token: Tensor, cache: KVCache) -> Tensor:
+        return self.unembed(self.hidden(token[:, None], cache))[:, 0]
+
+    def _step(self, token: Tensor, cache: KVCache) -> Tensor:
+        """Logits (b v) after one more token (b) of every row."""
+        if self._compiled_step is None:
+            return self._logits_after(token, cache)
+        if cache.clock is None:
+            cache.fix_shapes()
+        cache.reserve(1)
+        return self._compiled_step(token, cache).clone()  # a CUDA graph writes its outputs over at the next step
+
     @torch.inference_mode()
     def stream(
         self,
@@ -373,7 +387,7 @@ class Transformer(nn.Module):
             block.join()
         ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         for i in range(max_new_tokens):
-            logits = self.prefill(tokens if i == 0 else token[:, None], cache)
+            logits = self.prefill(tokens, cache) if i == 0 else self._step(token, cache)
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if stop is not None:
                 token = torch.where(ended, stop, token)

@@ -200,7 +200,8 @@ def claim(run: Run, argv: list[str]) -> None:
         "corpus": run.corpus.hash,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine() + " CPU",
+        "threads": torch.get_num_threads(),
         "git": git.stdout.strip() if git else None,
     }
     (run.out / "run.json").write_text(json.dumps(record, indent=1) + "\n")

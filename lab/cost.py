@@ -1,0 +1,168 @@
+"""What a context costs: decoding, prefill, a training step, cache and peak memory at growing lengths, beside what arithmetic promises.
+
+    python -m lab.cost                          under five minutes on a laptop's CPU
+    python -m lab.cost --device cuda            to 128k tokens
+    python -m lab.cost --lengths 512 2048 --patterns R rrrN --out results/cost
+
+Writes OUT.csv and OUT.png and prints a table. Each measurement has a process of its own, so that its peak memory is its own.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from attention import visible_pairs
+from data.commandline import CommandLine, fail
+from model import ModelConfig, Transformer, layer_plan
+from train import choose_device
+
+SIZES = {  # one size for every pattern; small enough for a CPU, large enough for a GPU to be busy
+    "cpu": {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 128, "d_ff": 336, "vocab_size": 2048, "window": 64},
+    "cuda": {"n_layer": 12, "n_head": 12, "n_kv_head": 4, "d_model": 768, "d_ff": 2048, "vocab_size": 16384, "window": 1024},
+}
+LENGTHS = {"cpu": [1024, 2048, 4096, 8192, 16384], "cuda": [4096, 16384, 65536, 131072]}
+DECODED = 32  # tokens
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One pattern at one context length; fractions are of full attention everywhere (pattern R)."""
+
+    pattern: str
+    length: int
+    decode_ms: float  # a token, after `length` tokens of context
+    prefill_ms: float  # of the context
+    train_ms: float  # forward and backward of one sequence
+    cache_bytes: int
+    peak_mb: float  # of the process while decoding and training, beyond what the model and torch take
+    cache_promised: float  # (n_full + n_windowed min(1, W/L)) / n_layer
+    pairs_promised: float  # visible pairs, which attention's work in training and prefill follows
+
+
+def measure(pattern: str, length: int, sizes: dict, device_name: str, repeats: int = 3) -> Cost:
+    """Median times of one pattern at one length, in tokens, on random tokens."""
+    device = torch.device(device_name)
+    torch.manual_seed(0)
+    config = ModelConfig(pattern=pattern, **sizes)
+    model = Transformer(config).to(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokens = torch.randint(config.vocab_size, (1, length), device=device)
+    settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    base = peak_bytes(device)
+
+    def timed(work) -> float:
+        settle()
+        started = time.perf_counter()
+        work()
+        settle()
+        return (time.perf_counter() - started) * 1e3
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model.loss(tokens, tokens)
+        loss.backward()
+        model.zero_grad()
+
+    step()
+    train = statistics.median(timed(step) for _ in range(repeats))
+    model.to(dtype).requires_grad_(False)
+    prefills, decodes = [], []
+    for _ in range(repeats):
+        cache = model.new_cache(1, length + DECODED + 1)
+        stream = model.stream(tokens, DECODED + 1, cache=cache)
+        prefills.append(timed(lambda: next(stream)))
+        decodes += [timed(lambda: next(stream)) for _ in range(DECODED)]
+    plan, full = layer_plan(config), visible_pairs(length)
+    return Cost(
+        pattern, length, statistics.median(decodes), statistics.median(prefills), train, cache.nbytes,
+        (peak_bytes(device) - base) / 2**20,
+        sum(min(1, (spec.window or length) / length) for spec in plan) / len(plan),
+        sum(visible_pairs(length, spec.window) for spec in plan) / (full * len(plan)),
+    )  # fmt: skip
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The largest memory so far: of the device's allocator, or of this process (resident)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB here
+
+
+def table(costs: list[Cost]) -> str:
+    """Rows by length, each cost beside its fraction of R's and what arithmetic promises."""
+    base = {cost.length: cost for cost in costs if cost.pattern == "R"}
+    head = ["context", "pattern", "decode ms", "prefill ms", "train ms", "peak MiB", "cache bytes", "of R's", "promised", "train of R's", "pairs promised"]
+    rows = [head]
+    for cost in sorted(costs, key=lambda c: c.length):
+        of = base.get(cost.length)
+        rows.append([
+            f"{cost.length:,}", cost.pattern, f"{cost.decode_ms:.2f}", f"{cost.prefill_ms:,.0f}", f"{cost.train_ms:,.0f}", f"{cost.peak_mb:,.0f}",
+            f"{cost.cache_bytes:,}", f"{cost.cache_bytes / of.cache_bytes:.3f}" if of else "", f"{cost.cache_promised:.3f}",
+            f"{cost.train_ms / of.train_ms:.2f}" if of else "", f"{cost.pairs_promised:.3f}",
+        ])  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def plot(costs: list[Cost], out: Path) -> None:
+    """Four panels against the context length, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
+    panels = {"decode_ms": "decoding, ms a token", "prefill_ms": "prefill, ms", "train_ms": "training step, ms", "cache_bytes": "cache, bytes"}
+    for axis, (key, title) in zip(figure.subplots(1, 4), panels.items()):
+        for pattern in dict.fromkeys(cost.pattern for cost in costs):
+            points = sorted((cost.length, getattr(cost, key)) for cost in costs if cost.pattern == pattern)
+            axis.plot(*zip(*points), marker=".", label=pattern)
+        axis.set(title=title, xlabel="context, tokens", xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.savefig(out, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = CommandLine(prog="python -m lab.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--patterns", nargs="+", default=["R", "RN", "rrrN"])
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens (default: 1k to 16k on CPU, 4k to 128k on CUDA)")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--out", type=Path, default=Path("cost"), help="OUT.csv and OUT.png (default: cost)")
+    try:
+        args = parser.parse(argv)
+        device, _ = choose_device(args.device)
+        sizes = SIZES.get(device.type, SIZES["cpu"])
+        for pattern in args.patterns:
+            ModelConfig(pattern=pattern, **sizes)
+        lengths = args.lengths or LENGTHS.get(device.type, LENGTHS["cpu"])
+        if min(lengths) < 2:
+            raise ValueError(f"--lengths {min(lengths)} must be at least 2")
+        if not args.out.parent.is_dir():
+            raise FileNotFoundError(f"{args.out.parent} is no folder: --out begins with one that exists")
+    except (ValueError, OSError) as error:
+        fail(error)
+    print(f"{sizes} on {device}, {torch.get_num_threads()} threads")
+    jobs = [(pattern, length, sizes, str(device)) for length in lengths for pattern in args.patterns]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        costs = []
+        for job in jobs:
+            costs.append(pool.apply(measure, job))
+            print(f"  {costs[-1].length:,} {costs[-1].pattern}: {costs[-1].decode_ms:.2f} ms a token", file=sys.stderr, flush=True)
+    print(table(costs))
+    with open(args.out.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(asdict(costs[0])))
+        writer.writeheader()
+        writer.writerows(asdict(cost) for cost in costs)
+    plot(costs, args.out.with_suffix(".png"))
+    print(f"written to {args.out.with_suffix('.csv')} and {args.out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
