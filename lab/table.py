@@ -1,11 +1,12 @@
 """The final tables of runs as one page of Markdown, from what the runs recorded.
 
-    python -m lab.table out/laptop-* --title "The laptop recipe" > results/laptop.md
+    python -m lab.table out/laptop-* --title "The laptop recipe" --plot results/laptop.png > results/laptop.md
 """
 
 import argparse
 import json
 import shlex
+import statistics
 from pathlib import Path
 
 from data.commandline import CommandLine, fail
@@ -54,16 +55,49 @@ def page(runs: list[dict], title: str) -> str:
         "| --- | --- | --- | --- |" + " --- |" * len(lengths) + " --- | --- |",
     ]
     for run in runs:
-        final, model = run["final"], run["recipe"]["model"]
+        final = run["final"]
         scores = {score["length"]: score for score in final["table"]}
-        trained = max(int(n) for phase in run["recipe"]["phase"] for n in phase["lengths"])
+        trained = trained_length(run)
         cells = [f"{scores[n]['exact']:.2f} ± {scores[n]['error']:.2f}" if n in scores else "" for n in lengths]
         note = "" if trained in scores and scores[trained]["exact"] >= LEARNED else "not learned in this time"
-        name = f"`{model['pattern']}`" + (" QK-Norm" if model["qk_norm"] else "")
-        row = [name, str(run["recipe"]["seed"]), f"{final['val_loss']:.3f}", f"{final['val_bits_per_byte']:.3f}", *cells, f"{run['seconds'] / 60:.1f}", note]
+        row = [name_of(run), str(run["recipe"]["seed"]), f"{final['val_loss']:.3f}", f"{final['val_bits_per_byte']:.3f}", *cells, f"{run['seconds'] / 60:.1f}", note]
         lines.append("| " + " | ".join(row) + " |")
     lines += ["", f"A row below {LEARNED} at the trained length is \"not learned in this time\": it says nothing about length."]
     return "\n".join(lines)
+
+
+def plot(runs: list[dict], out: Path) -> None:
+    """Exact match against context length, a line for each pattern, with its seeds' range."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axis = figure.subplots()
+    patterns: dict[str, list[dict]] = {}
+    for run in runs:
+        patterns.setdefault(name_of(run), []).append({score["length"]: score["exact"] for score in run["final"]["table"]})
+    for name, seeds in patterns.items():
+        lengths = sorted(set.intersection(*(set(scores) for scores in seeds)))
+        values = [[scores[n] for scores in seeds] for n in lengths]
+        line = axis.plot(lengths, [statistics.median(v) for v in values], marker="o", label=name.replace("`", ""))[0]
+        axis.fill_between(lengths, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15)
+    axis.axvline(trained_length(runs[0]), color="gray", linestyle=":", label="trained length")
+    axis.set(xscale="log", xlabel="context, tokens", ylabel="needles found (exact match)", ylim=(-0.03, 1.03))
+    axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(out, dpi=120)
+
+
+def name_of(run: dict) -> str:
+    """The pattern, as Markdown."""
+    model = run["recipe"]["model"]
+    return f"`{model['pattern']}`" + (" QK-Norm" if model["qk_norm"] else "")
+
+
+def trained_length(run: dict) -> int:
+    """The longest length of the recipe, in tokens."""
+    return max(int(n) for phase in run["recipe"]["phase"] for n in phase["lengths"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,12 +105,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(prog="python -m lab.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--title", default="Runs")
+    parser.add_argument("--plot", type=Path, help="a PNG of exact match against length")
     try:
         args = parser.parse(argv)
         runs = [read_run(run) for run in args.runs]
     except (ValueError, OSError) as error:
         fail(error)
     print(page(runs, args.title))
+    if args.plot:
+        plot(runs, args.plot)
 
 
 if __name__ == "__main__":

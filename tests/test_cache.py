@@ -1,5 +1,6 @@
 """The KV cache against no cache: the same logits for every pattern and every way to cut the text; and what is built on it."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
