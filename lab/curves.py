@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         fail(error)
     plot(logs, args.out)
     for name, entries in logs.items():
-        last = next((e for e in reversed(entries) if "val_loss" in e), {})
-        print(f"{name}: step {entries[-1]['step']}, validation loss {last.get('val_loss', float('nan')):.4f}, needles {last.get('needles', 'n/a')}")
+        last = {key: value for entry in entries for key, value in entry.items()}  # of each key the newest value
+        print(f"{name}: step {last['step']}, validation loss {last.get('val_loss', float('nan')):.4f}, needles {last.get('needles', 'n/a')}")
     print(f"written to {args.out}")
 
 

@@ -366,18 +366,18 @@ def test_fixed_shapes_are_as_exact():
         torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=1e-12)
 
 
-def test_the_compiled_step_compiles_once(monkeypatch):
+def test_the_compiled_step_compiles_once():
     """The same tokens as eager, over three wraps of the window and two prompts, and no recompilation."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile on CPU needs a C++ compiler")
     model, tokens = tiny("rN", dtype=torch.float32), text(2, 4)
     expected = model.generate(tokens, 18)
     model.compile_decoding()
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    assert torch.equal(model.generate(tokens, 18), expected)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # monkeypatch would leave torch's config without the entry
+        assert torch.equal(model.generate(tokens, 18), expected)
 
 
-def test_the_compiled_step_knows_the_end(monkeypatch):
+def test_the_compiled_step_knows_the_end():
     model = tiny("rN")
     cache = model.new_cache(1, 4)
     model._compiled_step = model._logits_after  # what is compiled, not compiled
