@@ -146,6 +146,9 @@ def visible_pairs(length: int, window: int | None = None) -> int:
     return w * length - w * (w - 1) // 2
 
 
+@torch.compiler.disable  # made outside of compiled code, once for each (length, window, device), so that nothing recompiles
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # evaluation may be the first to ask, and training must be able to save it for its backward pass
 def flex_mask(length: int, window: int | None, device: torch.device, block: int = 128) -> BlockMask:
     """FlexAttention's block mask of `visible`, from block corners: (length / block)^2 work, not length^2.
 

@@ -30,7 +30,7 @@ def command_line() -> CommandLine:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up p")
-    parser.add_argument("--samples", type=int, default=1, help="how many, one after the other")
+    parser.add_argument("--samples", type=int, default=1, help="how many, decoded together; the first is streamed")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -83,10 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         fail(error)
     generator = torch.Generator(device).manual_seed(args.seed)
     try:
-        for i in range(args.samples):
-            sample(model, tokenizer, prompt, text, args.max_new_tokens, generator, settings)
-            if i + 1 < args.samples:
-                print("---")
+        sample(model, tokenizer, prompt.expand(args.samples, -1), text, args.max_new_tokens, generator, settings)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
     except BrokenPipeError:  # the reader of our output has gone; nothing is left to say, not even at exit
@@ -94,21 +91,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def sample(model: Transformer, tokenizer, prompt: torch.Tensor, text: str, new_tokens: int, generator, settings: dict) -> None:
-    """Print one continuation as it comes, then a line of what it took."""
-    cache = model.new_cache(1, prompt.shape[1] + new_tokens)
+    """Continue prompt (b t) in all rows at once: print the first as it comes, the others after it, then a line of what it took."""
+    cache = model.new_cache(len(prompt), prompt.shape[1] + new_tokens)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of an unfinished character
     print(text, end="", flush=True)
-    started, times = time.perf_counter(), []
+    started, times, rows = time.perf_counter(), [], []
     for token in model.stream(prompt, new_tokens, stop=tokenizer.eot_token, generator=generator, cache=cache, **settings):
         times.append(time.perf_counter())
-        if token.item() == tokenizer.eot_token:
-            break
-        print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
-    print(decoder.decode(b"", final=True), flush=True)
-    prefill = prompt.shape[1] / (times[0] - started) if times else 0
-    decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0
+        rows.append(token.tolist())
+        if rows[-1][0] != tokenizer.eot_token:
+            print(decoder.decode(tokenizer.decode_bytes(rows[-1][:1])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+    for row in list(zip(*rows))[1:]:
+        ids = row[: row.index(tokenizer.eot_token)] if tokenizer.eot_token in row else row
+        print("---\n" + text + tokenizer.decode_bytes(ids).decode("utf-8", "replace"))
+    prefill = prompt.numel() / (times[0] - started) if times else 0
+    decode = len(prompt) * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0
     print(
-        f"[{prompt.shape[1]:,} prompt + {len(times):,} new tokens; prefill {prefill:,.0f} tokens/s, decode {decode:,.0f} tokens/s; "
+        f"[{prompt.shape[1]:,} prompt + {len(times):,} new tokens" + (f" in {len(prompt)} samples" if len(prompt) > 1 else "") + "; "
+        f"prefill {prefill:,.0f} tokens/s, decode {decode:,.0f} tokens/s; "
         f"cache {cache.nbytes:,} bytes, {cache.nbytes / cache.full_nbytes:.2f} of full attention's {cache.full_nbytes:,}]"
     )
 

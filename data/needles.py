@@ -57,7 +57,8 @@ class Needles:
     def example(self, rng: np.random.Generator, length: int, needles: int, questions: int, depth: float | None = None) -> Example:
         """`length` tokens of text with `needles` hidden in it and `questions` of them asked at the end, in random order.
 
-        The first needle asked lies at `depth` (0 is the beginning, 1 just before the questions), the others anywhere; None: all
+        In training a needle may be asked again: were each asked once, the last answer would be the one not given yet, and some
+        seeds learned that instead of the key. The first needle asked lies at `depth` (0 is the beginning, 1 just before the questions), the others anywhere; None: all
         anywhere. Raises ValueError when length has no room for them.
         """
         least = 1 + (needles + questions) * self.line
@@ -65,7 +66,7 @@ class Needles:
             raise ValueError(f"{needles} needles and {questions} questions may need {least} tokens: {length} is too short")
         keys, values = self._draw(rng, needles, self._key), self._draw(rng, needles, self._value)
         lines = [self._line(key, value) for key, value in zip(keys, values)]
-        asked = rng.permutation(needles)[:questions]
+        asked = rng.permutation(needles)[:questions] if self.evaluation else rng.integers(needles, size=questions)
         tail = sum(len(lines[i][0]) for i in asked)
         room = length - 1 - tail - sum(len(line) for line, _ in lines)
         text = self._haystack(rng, room)

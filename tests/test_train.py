@@ -532,3 +532,25 @@ def test_samples_never_cut_a_character(run, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sample, "print", lambda *words, **more: written.append(" ".join(words)), raising=False)
     sample.main(["--prompt", "x"])
     assert "".join(written[1:-1]) == "🜚 né" and not any("�" in piece for piece in written)
+
+
+def test_several_samples(run, capsys, tmp_path):
+    run("--out", "out/x", "--max-steps", "1")
+    capsys.readouterr()
+    sample.main(["--prompt", "def ", "--samples", "3", "--max-new-tokens", "5", "--seed", "4"])
+    first = capsys.readouterr().out
+    assert first.count("---\n") == 2 and first.count("def ") >= 3 and "in 3 samples" in first.splitlines()[-1]
+    sample.main(["--prompt", "def ", "--samples", "3", "--max-new-tokens", "5", "--seed", "4"])
+    again = capsys.readouterr().out
+    assert again.splitlines()[:-1] == first.splitlines()[:-1]  # reproducible by its seed
+
+
+def test_an_interrupt_ends_a_sample_with_a_line(run, tmp_path):
+    run("--out", "out/x", "--max-steps", "1")
+    command = [sys.executable, str(ROOT / "sample.py"), "--prompt", "x", "--max-new-tokens", "100000", "--checkpoint", "out/x/last"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(1)  # the prompt has been read and generation begins
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err == "\ninterrupted\n" and "Traceback" not in err
