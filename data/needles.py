@@ -58,8 +58,8 @@ class Needles:
         """`length` tokens of text with `needles` hidden in it and `questions` of them asked at the end, in random order.
 
         In training a needle may be asked again: were each asked once, the last answer would be the one not given yet, and some
-        seeds learned that instead of the key. The first needle asked lies at `depth` (0 is the beginning, 1 just before the questions), the others anywhere; None: all
-        anywhere. Raises ValueError when length has no room for them.
+        seeds learned that instead of the key. The first needle asked lies at `depth` (0 is the beginning, 1 just before the
+        questions), the others anywhere; None: all anywhere. Raises ValueError when length has no room for them.
         """
         least = 1 + (needles + questions) * self.line
         if length < least:
