@@ -48,7 +48,7 @@ def training_batch(
 ) -> Batch:
     """The global batch of `step`: batch_tokens / length sequences, of which `needle_share` carry needles.
 
-    Every target weighs 1 / N, and the answers together another answer_weight, by `answer_shares`, counted over this whole batch.
+    Every target weighs 1 / N, and each of the A answer tokens another answer_weight / A, counted over this whole batch.
     """
     rng = np.random.default_rng([seed, step])
     count = max(batch_tokens // length, 1)
@@ -60,21 +60,9 @@ def training_batch(
     tokens = torch.from_numpy(np.stack([example.tokens for example in examples] + plain))
     weights = torch.full((count, length), 1 / (count * length))
     if examples:
-        shares = answer_shares(np.stack([example.answer for example in examples]))[:, 1:]
-        weights[:with_needles] += torch.from_numpy(answer_weight * shares / shares.sum()).float()
+        answers = torch.from_numpy(np.stack([example.answer[1:] >= 0 for example in examples]))
+        weights[:with_needles] += answer_weight / answers.sum() * answers
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights)
-
-
-def answer_shares(answer: np.ndarray) -> np.ndarray:
-    """(b t) of each answer 1/2 for its first token, 1/4 for the second, ...; 0 elsewhere. `answer` as in Example, (b t).
-
-    What follows the first token can be found by the digits before it; the first only by the key. With equal weights some seeds
-    learned the former alone.
-    """
-    at = np.arange(answer.shape[1])
-    first = (answer >= 0) & (answer != np.roll(answer, 1, axis=1))
-    rank = at - np.maximum.accumulate(np.where(first, at, 0), axis=1)
-    return np.where(answer >= 0, 0.5 ** (rank + 1), 0)
 
 
 def validation_windows(corpus: Corpus, length: int, count: int) -> Tensor:

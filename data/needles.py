@@ -1,6 +1,6 @@
 """Needles in a haystack of real text, after RULER (2404.06654), small enough for a small model.
 
-A needle is a comment line, `# parse buffer is 4821`, hidden between lines of the corpus; the questions at the end have the same
+A needle is a comment line, `# parse buffer is 48213`, hidden between lines of the corpus; the questions at the end have the same
 form, so that completing one is copying the value behind the key's earlier mention. A key is two words of one token each (a single
 word also occurs in the text, and is learned badly; words in several pieces are learned late); keys and values are each split by
 hash into training and held-out, and each example knows where everything is: which tokens are answers, and the paper's four
@@ -16,7 +16,7 @@ import numpy as np
 from data.tokenizer import Tokenizer
 
 BEGIN, NEEDLE, CONTEXT, QC = range(4)  # the paper's segments: first 10 tokens, needles, all else, question and completion
-DIGITS = 4  # of a value
+DIGITS = 5  # of a value
 HELD_OUT = 5  # one key or value in five is held out
 NAME = re.compile(rb" [a-z]{3,12}")  # a token that is a whole word
 SLACK = 2048  # tokens in which a line must end
@@ -58,16 +58,15 @@ class Needles:
     def example(self, rng: np.random.Generator, length: int, needles: int, questions: int, depth: float | None = None) -> Example:
         """`length` tokens of text with `needles` hidden in it and `questions` of them asked at the end, in random order.
 
-        In training a needle may be asked again: were each asked once, the last answer would be the one not given yet, and some
-        seeds learned that instead of the key. The first needle asked lies at `depth` (0 is the beginning, 1 just before the
-        questions), the others anywhere; None: all anywhere. Raises ValueError when length has no room for them.
+        The first needle asked lies at `depth` (0 is the beginning, 1 just before the questions), the others anywhere; None: all
+        anywhere. Raises ValueError when length has no room for them.
         """
         least = 1 + (needles + questions) * self.line
         if length < least:
             raise ValueError(f"{needles} needles and {questions} questions may need {least} tokens: {length} is too short")
         keys, values = self._draw(rng, needles, self._key), self._draw(rng, needles, self._value)
         lines = [self._line(key, value) for key, value in zip(keys, values)]
-        asked = rng.permutation(needles)[:questions] if self.evaluation else rng.integers(needles, size=questions)
+        asked = rng.permutation(needles)[:questions]
         tail = sum(len(lines[i][0]) for i in asked)
         room = length - 1 - tail - sum(len(line) for line, _ in lines)
         text = self._haystack(rng, room)
