@@ -110,6 +110,8 @@ def length_scale(kind: str, positions: Tensor, base: int | None) -> Tensor | Non
         raise ValueError(f"length_scale {kind!r} is unknown: use one of {', '.join(LENGTH_SCALES)}")
     if base is None:
         raise ValueError(f"length_scale {kind!r} needs length_base or trained_length, the length the model was trained at")
+    if base < 2:
+        raise ValueError(f"length_scale {kind!r} with a trained length of {base} is undefined: give length_base of 2 or more")
     if kind == "swan":
         return torch.log(base + n) / math.log(base)
     if kind == "llama4":
@@ -137,7 +139,7 @@ def visible(q_pos: Tensor, k_pos: Tensor, window: int | None = None) -> Tensor:
         5   x x x x x x    5   . . . x x x
     """
     seen = (k_pos >= 0) & (k_pos <= q_pos)
-    return seen if window is None else seen & (q_pos - k_pos < window)
+    return seen if window is None else seen & (k_pos > q_pos - window)  # q - k < window, without a (t s) table of differences
 
 
 def visible_pairs(length: int, window: int | None = None) -> int:
@@ -314,6 +316,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """FlexAttention, compiled on CUDA; on CPU eager and forward only, which is what PyTorch has there."""
     if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("backend 'flex' has no backward pass on CPU: train with 'banded' or 'sdpa'")
+    if q.device.type == "cpu":  # it refuses what could require a gradient, even where none is wanted
+        q, k, v = q.detach(), k.detach(), v.detach()
     kernel = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     return kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -342,7 +346,7 @@ class KVCache:
     ):
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"a cache of {batch_size} rows of {max_length} tokens holds nothing: use 1 or more of both")
-        self.max_length, self.length = max_length, 0
+        self.plan, self.max_length, self.length = list(plan), max_length, 0
         self.rows = [min(spec.window or max_length, max_length) for spec in plan]
         shape = lambda rows: (batch_size, n_kv_head, rows, head_dim)
         self.k = [torch.zeros(shape(rows), device=device, dtype=dtype) for rows in self.rows]
@@ -448,7 +452,7 @@ class Attention(nn.Module):
         """q (b t (h d)), k and v (b t (k d)), as `q_proj`, `k_proj` and `v_proj` give them -> (b t c)."""
         q, k, v = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))
         if hasattr(self, "q_norm"):  # before the rotation
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)  # autocast would leave them wider than v
         if spec.rope:
             q, k = rotate(q, context.table), rotate(k, context.table)
         elif spec.window is None and context.scale is not None:

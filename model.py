@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
@@ -73,7 +74,7 @@ class ModelConfig:
         for name in ("window", "head_dim", "rope_original_length", "trained_length"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} {value} is below 1")
-        _require(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        _require(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}: use a divisor")
         _require(
             self.head_dim is not None or self.d_model % self.n_head == 0,
             f"d_model {self.d_model} is not a multiple of n_head {self.n_head}: change one, or give head_dim",
@@ -85,6 +86,7 @@ class ModelConfig:
         _one_of("rope_scaling", self.rope_scaling, ROPE_SCALINGS)
         _one_of("length_scale", self.length_scale, LENGTH_SCALES)
         _require(self.length_base is None or self.length_base >= 2, f"length_base {self.length_base} is below 2")
+        _require(self.rope_scaling != "ntk" or self.head_width >= 4, f"rope_scaling 'ntk' needs head_dim of 4 or more, not {self.head_width}")
         if self.rope_scaling == "yarn":
             _require(self.rope_original_length is not None, "rope_scaling 'yarn' needs rope_original_length, the trained length")
         layer_plan(self)
@@ -216,6 +218,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_total: Tensor):
         d_hidden, d_matrix = ctx.saved_tensors
         return d_total * d_hidden, d_total * d_matrix, None, None, None, None
@@ -249,7 +252,7 @@ class Transformer(nn.Module):
         self.embed_tokens.weight.normal_(std=0.02)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, weights: list | None = None) -> Tensor:
-        """Logits (b t v) of tokens (b t) int64. With a cache the tokens continue what it holds. A list given as `weights`
+        """Logits (b t v) of tokens (b t) int64. With a cache the tokens continue what it holds (under no_grad, or it keeps a graph). A list given as `weights`
         collects (attention weights (b h t s), key positions (s)) of each layer, from the written-out softmax."""
         return self.unembed(self.hidden(tokens, cache, weights=weights))
 
@@ -275,7 +278,7 @@ class Transformer(nn.Module):
         if cache is None:
             q_pos = torch.arange(t, device=device)
         else:
-            assert cache.rows == self._rows(plan, cache.max_length), "this cache was made for another pattern or window"
+            assert cache.plan == plan, "this cache was made for another pattern or window"
             q_pos, slots, met = cache.advance(t)
             k_pos = {spec.window: met[rows] for spec, rows in zip(plan, cache.rows)}
         frequencies, amplitude = rotary_frequencies(
@@ -319,9 +322,6 @@ class Transformer(nn.Module):
         return LinearCrossEntropy.apply(hidden, matrix, targets, weights.flatten(), self.config.logit_scale, torch.is_grad_enabled())
 
     # Text
-
-    def _rows(self, plan: list[LayerSpec], max_length: int) -> list[int]:
-        return [min(spec.window or max_length, max_length) for spec in plan]
 
     def new_cache(self, batch_size: int = 1, max_length: int = 8192) -> KVCache:
         """An empty cache for this pattern, on the model's device and in its dtype."""

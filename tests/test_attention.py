@@ -37,15 +37,6 @@ SHAPES = [
 HEADS = [(1, 1), (4, 2), (3, 1), (2, 2)]  # (query, key/value): one, grouped, multi-query, plain
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and on shared cores waiting for it takes most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def qkv(t, s=None, heads=(2, 1), d=4, batch=2, dtype=torch.float64, seed=0, grad=True):
     make = torch.Generator().manual_seed(seed)
     sizes = ((heads[0], t), (heads[1], s or t), (heads[1], s or t))

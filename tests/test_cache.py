@@ -13,15 +13,6 @@ from model import ModelConfig, Transformer, layer_plan, sample_token
 V = 23
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and on shared cores waiting for it takes most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny(pattern="rrrN", window=5, n_layer=None, seed=0, dtype=torch.float64, **more):
     torch.manual_seed(seed)
     sizes = dict(n_head=4, n_kv_head=2, d_model=16, d_ff=20, vocab_size=V, trained_length=8)

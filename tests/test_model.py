@@ -20,15 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 PATTERNS = ["R", "N", "RN", "rrrN", "Nrrr", "rrrR", "rn", "n"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and on shared cores waiting for it takes most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config(pattern="rrrN", n_layer=None, window=3, **more):
     sizes = dict(n_head=4, n_kv_head=2, d_model=16, d_ff=20, vocab_size=V)
     return ModelConfig(n_layer=n_layer or len(pattern), pattern=pattern, window=window, **(sizes | more))
