@@ -55,15 +55,6 @@ THEIRS = {  # what transformers saves, in Cohere2Config's words
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small lose by threads, and lose much where other programs want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def lively(model: nn.Module) -> nn.Module:
     """Random weights so large that every part of the architecture shows in the logits, norms' gains included."""
     generator = torch.Generator().manual_seed(5)
