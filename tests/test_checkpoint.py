@@ -163,10 +163,9 @@ def test_we_run_what_transformers_saves(tmp_path, changes):
 
 
 def half_split(x, table):
-    """The other convention: dimension i is paired with i + d/2 (GPT-NeoX, Llama)."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = table.real[:, None], table.imag[:, None]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """GPT-NeoX's rotation: dimension i is paired with i + d/2."""
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), table.unsqueeze(1).unbind(-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 PLANTED = {
@@ -190,7 +189,7 @@ def test_planted_errors_exceed_the_tolerance(tmp_path, monkeypatch, error):
     if error == "half-split rotation":
         monkeypatch.setattr(attention, "rotate", half_split)
     if error == "rotation backwards":
-        monkeypatch.setattr(attention, "rotate", lambda x, table, right=attention.rotate: right(x, table.conj()))
+        monkeypatch.setattr(attention, "rotate", lambda x, table, right=attention.rotate: right(x, table * torch.tensor([1.0, -1.0])))
     if error == "RMS norm":
         monkeypatch.setattr(nn.LayerNorm, "forward", lambda n, x: nn.functional.rms_norm(x, n.normalized_shape, n.weight, n.eps))
     d = difference(ours(tokens()), theirs(tokens()).logits)
