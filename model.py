@@ -232,6 +232,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.backend = "auto"  # the kernel of the windowed layers
+        self._read: tuple = (None,)  # see `_read_config`
         self._compiled_step = None  # see `compile_decoding`
         self.recompute = False  # keep only the blocks' inputs for the backward pass (activation checkpointing)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
@@ -260,7 +261,7 @@ class Transformer(nn.Module):
         self, tokens: Tensor, cache: KVCache | None = None, layers: list | None = None, weights: list | None = None
     ) -> Tensor:
         """(b t c) after the final norm. A list given as `layers` collects the residual stream: embeddings, then each block's."""
-        plan = layer_plan(self.config)
+        plan, *_ = self._read_config()
         x = self.embed_tokens(tokens)
         context = self._context(plan, tokens.shape[1], tokens.device, cache, weights)
         if layers is not None:
@@ -270,6 +271,15 @@ class Transformer(nn.Module):
             if layers is not None:
                 layers.append(x)
         return self.norm(x)
+
+    def _read_config(self) -> tuple[list[LayerSpec], Tensor, float]:
+        """Plan, rotary frequencies and their amplitude, read once for as long as `config` is the same object."""
+        if self._read[0] is not self.config:
+            c = self.config
+            with torch.inference_mode(False):
+                turning = rotary_frequencies(c.head_width, c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_original_length)
+            self._read = (c, layer_plan(c), *turning)
+        return self._read[1:]
 
     def _context(self, plan: list[LayerSpec], t: int, device, cache: KVCache | None, weights: list | None) -> Context:
         """Positions, tables and masks: one of each kind per forward, however many layers there are."""
@@ -281,9 +291,7 @@ class Transformer(nn.Module):
             assert cache.plan == plan, "this cache was made for another pattern or window"
             q_pos, slots, met = cache.advance(t)
             k_pos = {spec.window: met[rows] for spec, rows in zip(plan, cache.rows)}
-        frequencies, amplitude = rotary_frequencies(
-            c.head_width, c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_original_length
-        )
+        _, frequencies, amplitude = self._read_config()
         context = Context(
             table=rotary_table(q_pos, frequencies, amplitude),
             scale=length_scale(c.length_scale, q_pos, c.length_base or c.trained_length),
@@ -326,7 +334,7 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int = 1, max_length: int = 8192) -> KVCache:
         """An empty cache for this pattern, on the model's device and in its dtype."""
         c, p = self.config, self.embed_tokens.weight
-        return KVCache(layer_plan(c), batch_size, c.n_kv_head, c.head_width, max_length, p.device, p.dtype)
+        return KVCache(self._read_config()[0], batch_size, c.n_kv_head, c.head_width, max_length, p.device, p.dtype)
 
     def check_settings(
         self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None
