@@ -28,7 +28,7 @@ SIZES = {  # one size for every pattern; small enough for a CPU, large enough fo
     "cpu": {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 128, "d_ff": 336, "vocab_size": 2048, "window": 64},
     "cuda": {"n_layer": 12, "n_head": 12, "n_kv_head": 4, "d_model": 768, "d_ff": 2048, "vocab_size": 16384, "window": 1024},
 }
-LENGTHS = {"cpu": [1024, 2048, 4096, 8192, 16384], "cuda": [4096, 16384, 65536, 131072]}
+LENGTHS = {"cpu": [512, 1024, 2048, 4096, 8192], "cuda": [4096, 16384, 65536, 131072]}
 DECODED = 32  # tokens
 
 
