@@ -196,6 +196,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor, scale: float, wanted: bool) -> Tensor:
+        """The sum, a scalar in float32 at least; with `wanted` both gradients are made on the way and kept."""
         counted = targets != -100
         targets = targets.masked_fill(~counted, 0)
         weights = (weights * counted).to(torch.promote_types(hidden.dtype, torch.float32))

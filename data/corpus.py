@@ -66,6 +66,7 @@ def load_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
     require("meta.json", "dtype", meta["dtype"], dtype_for(tokenizer.n_vocab))
 
     def split(name: str) -> np.memmap:
+        """(tokens,) ids of one split, its size, sha256 and largest id checked."""
         file, said = f"{name}.bin", meta[name]
         require(file, "its size in bytes", (folder / file).stat().st_size, max(1, said["tokens"]) * np.dtype(meta["dtype"]).itemsize)
         with open(folder / file, "rb") as stream:

@@ -236,6 +236,7 @@ def prepare_stdlib(out: Path | str = DEFAULT_CORPUS, vocab_size: int = 2048, tok
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command. Bad input is one line and status 2."""
     line = CommandLine(prog="python -m data.prepare", description="Make a corpus from text; by default from Python's standard library.")
     line.add_argument("--text", nargs="+", action="extend", default=[], type=Path, metavar="PATH", help="files and folders of UTF-8 text")
     line.add_argument("--url", help="a text file to download")
