@@ -1,9 +1,9 @@
 """Needles in a haystack of real text, after RULER (2404.06654), small enough for a small model.
 
-A needle is a comment line, `# parse buffer is 48213`, hidden between lines of the corpus; the questions at the end have the same
-form, so that completing one is copying the value behind the key's earlier mention. A key is two words of one token each (a single
-word also occurs in the text, and is learned badly; words in several pieces are learned late); keys and values are each split by
-hash into training and held-out, and each example knows where everything is: which tokens are answers, and the paper's four
+A needle is a comment line, `# parse_buffer is 48213`, hidden between lines of the corpus; the questions at the end have the same
+form, so that completing one is copying the value behind the key's earlier mention. A key is two words of the vocabulary joined to
+a name (one word, or two with a space between, is also ordinary text, and is learned late or never); keys and values are each split
+by hash into training and held-out, and each example knows where everything is: which tokens are answers, and the paper's four
 segments (section 3).
 """
 
@@ -18,7 +18,7 @@ from data.tokenizer import Tokenizer
 BEGIN, NEEDLE, CONTEXT, QC = range(4)  # the paper's segments: first 10 tokens, needles, all else, question and completion
 DIGITS = 5  # of a value
 HELD_OUT = 5  # one key or value in five is held out
-NAME = re.compile(rb" [a-z]{3,12}")  # a token that is a whole word
+NAME = re.compile(rb" [a-z]{3,12}")  # a token that is a whole word after a space
 SLACK = 2048  # tokens in which a line must end
 
 
@@ -46,7 +46,7 @@ class Needles:
         self.words = sorted(piece[1:].decode() for piece in pieces if NAME.fullmatch(piece))
         if len(self.words) < 20:
             raise ValueError(f"the vocabulary has {len(self.words)} whole words and keys need 20: prepare the corpus with a larger --vocab-size")
-        self.line = len(self._line(f"{self.words[0]} {self.words[0]}", "9" * DIGITS)[0])  # tokens of a needle
+        self.line = max(len(self._line(f"{self.words[0]}_{word}", "9" * DIGITS)[0]) for word in self.words)  # tokens of the longest needle
 
     def counts(self, length: int) -> tuple[int, int]:
         """How many needles and questions a training example of `length` has: many, so that each step teaches much."""
@@ -103,7 +103,7 @@ class Needles:
 
     def _key(self, rng: np.random.Generator) -> str:
         first, second = rng.integers(len(self.words), size=2)
-        return f"{self.words[first]} {self.words[second]}"
+        return f"{self.words[first]}_{self.words[second]}"
 
     def _value(self, rng: np.random.Generator) -> str:
         return f"{rng.integers(10**DIGITS):0{DIGITS}d}"
