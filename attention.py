@@ -14,6 +14,7 @@ Paper: arXiv 2501.18795. Sections are cited beside each idea.
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -374,6 +375,14 @@ class KVCache:
         if self.length + t > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens and has {self.length}: {t} more need a larger max_length")
         self.length += t
+
+    def fork(self, n: int) -> "KVCache":
+        """A copy in which every row stands n times: n continuations of one prompt."""
+        twin = copy(self)
+        twin.k, twin.v = ([x.repeat_interleave(n, dim=0) for x in xs] for xs in (self.k, self.v))
+        twin.positions = {rows: held.clone() for rows, held in self.positions.items()}
+        twin.clock = None if self.clock is None else self.clock.clone()
+        return twin
 
     def advance(self, t: int) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         """Make room for the next t tokens -> their positions (t); for each ring size the slots that the newest go to, and the

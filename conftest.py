@@ -4,3 +4,22 @@ from a second, and on shared cores waiting for it takes most of the time."""
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses too; before torch is imported
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """A small corpus of real text: some modules of the standard library."""
+    from data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("corpora") / "small"
+    source = Path(os.__file__).parent
+    names = ["argparse", "ast", "bdb", "calendar", "cmd", "configparser", "copy", "csv", "datetime", "difflib", "dis", "enum", "inspect", "locale"]
+    documents = [(name, (source / f"{name}.py").read_text(encoding="utf-8")) for name in names]
+    prepare(documents, folder, vocab_size=1024, source="test")
+    return folder
+
+

@@ -9,7 +9,7 @@ segments (section 3).
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,13 +22,39 @@ NAME = re.compile(rb" [a-z]{3,12}")  # a token that is a whole word after a spac
 SLACK = 2048  # tokens in which a line must end
 
 
+# The evaluation tasks, after RULER (2404.06654): what is hidden, and what is asked.
+TASKS = {
+    "single": "one needle, asked",
+    "multi-key": "eight needles, one asked",
+    "multi-query": "eight needles, four asked",
+    "multi-value": "one key with four values and four other needles; its values asked in order of appearance",
+    "variable-tracking": "four chains `a is 48213`, `b equals a`, `c equals b`; what is one c?",
+    "aggregation": "eight marked words, one more often than the others: which?",
+}
+WRONG = 7  # candidates beside the right answer: likelihood has a chance of 1/8
+
+
 @dataclass(frozen=True)
 class Example:
     """One sequence. Position i of every array speaks of tokens[i]."""
 
     tokens: np.ndarray  # (t) int64, beginning with end-of-text
     answer: np.ndarray  # (t) int64: which question's answer this token belongs to, -1 for none
-    segment: np.ndarray  # (t) int8: BEGIN, NEEDLE, CONTEXT or QC
+    segment: np.ndarray  # (t) int8: BEGIN, NEEDLE (every hidden line), CONTEXT or QC
+    wrong: tuple[np.ndarray, ...] = ()  # for each question WRONG other answers, (7 n) int64, as many tokens as the right one has
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of tokens, ids[start:end] being what a question about it asks for."""
+
+    ids: np.ndarray
+    start: int
+    end: int
+
+    @property
+    def answer(self) -> np.ndarray:
+        return self.ids[self.start : self.end]
 
 
 def held_out(name: str) -> bool:
@@ -46,7 +72,7 @@ class Needles:
         self.words = sorted(piece[1:].decode() for piece in pieces if NAME.fullmatch(piece))
         if len(self.words) < 20:
             raise ValueError(f"the vocabulary has {len(self.words)} whole words and keys need 20: prepare the corpus with a larger --vocab-size")
-        self.line = max(len(self._line(f"{self.words[0]}_{word}", "9" * DIGITS)[0]) for word in self.words)  # tokens of the longest needle
+        self.line = max(len(self._line(f"# {self.words[0]}_{word} is", "9" * DIGITS).ids) for word in self.words)  # tokens of the longest needle
 
     def counts(self, length: int) -> tuple[int, int]:
         """How many needles and questions a training example of `length` has: many, so that each step teaches much."""
@@ -64,33 +90,89 @@ class Needles:
         least = 1 + (needles + questions) * self.line
         if length < least:
             raise ValueError(f"{needles} needles and {questions} questions may need {least} tokens: {length} is too short")
-        keys, values = self._draw(rng, needles, self._key), self._draw(rng, needles, self._value)
-        lines = [self._line(key, value) for key, value in zip(keys, values)]
+        lines = self._needles(rng, needles)
         asked = rng.permutation(needles)[:questions]
-        tail = sum(len(lines[i][0]) for i in asked)
-        room = length - 1 - tail - sum(len(line) for line, _ in lines)
-        text = self._haystack(rng, room)
-        depths = rng.random(needles)
+        depths = np.full(needles, np.nan)
         if depth is not None:
             depths[asked[0]] = depth
-        breaks = np.concatenate(([0], 1 + np.flatnonzero(self.ends_line[text])))  # a line may begin here
-        places = breaks[np.abs(breaks[None, :] - depths[:, None] * room).argmin(1)]
+        return self._compose(rng, length, lines, [lines[i] for i in asked], depths)
 
-        parts, start = [(np.array([self.tokenizer.eot_token]), CONTEXT, -1, 0)], 0
+    def task(self, name: str, rng: np.random.Generator, length: int, depth: float | None = None) -> Example:
+        """An example of one of the TASKS, with wrong candidates. The needle asked first (the first value, the beginning of the chain)
+        lies at `depth`; None: anywhere. Raises ValueError for an unknown name or when length has no room."""
+        first = rng.random() if depth is None else depth
+        following = lambda count: np.append(first, np.sort(rng.uniform(first, 1, count - 1)))
+        anywhere = lambda count: np.full(count, np.nan)
+        if name in ("single", "multi-key", "multi-query"):
+            hidden = self._needles(rng, 1 if name == "single" else 8)
+            asked = hidden[: 4 if name == "multi-query" else 1]
+            rivals = hidden[len(asked) :]
+            depths = np.append(first, anywhere(len(hidden) - 1))
+        elif name == "multi-value":
+            key, *keys = self._draw(rng, 5, self._key)
+            values = self._draw(rng, 8, self._value)
+            asked = [self._line(f"# {key} is", value) for value in values[:4]]
+            rivals = [self._line(f"# {other} is", value) for other, value in zip(keys, values[4:])]
+            hidden, depths = asked + rivals, np.append(following(4), anywhere(4))
+        elif name == "variable-tracking":
+            keys, values = self._draw(rng, 12, self._key), self._draw(rng, 4, self._value)
+            chains = [
+                [self._line(f"# {a} is", value), self._line(f"# {b} equals", a), self._line(f"# {c} equals", b)]
+                for a, b, c, value in zip(keys[0::3], keys[1::3], keys[2::3], values)
+            ]
+            hidden, depths = sum(chains, []), np.concatenate([following(3)] + [np.sort(rng.random(3)) for _ in chains[1:]])
+            asked, rivals = [self._line(f"# {keys[2]} is", values[0])], [chain[0] for chain in chains[1:]]
+        elif name == "aggregation":
+            words = self._draw(rng, 8, self._word)
+            top, *others = [self._line("# seen", word) for word in words]
+            hidden = [top] * 5 + others * 2
+            asked, rivals, depths = [self._line("# most seen", words[0])], others, anywhere(len(hidden))
+        else:
+            raise ValueError(f"the task {name!r} is unknown: use one of {', '.join(TASKS)}")
+        example = self._compose(rng, length, hidden, asked, depths)
+        return replace(example, wrong=tuple(self._wrong(rng, line, asked, rivals, self._word if name == "aggregation" else self._value) for line in asked))
+
+    def _needles(self, rng: np.random.Generator, count: int) -> list[Line]:
+        """Lines of different keys and values."""
+        keys, values = self._draw(rng, count, self._key), self._draw(rng, count, self._value)
+        return [self._line(f"# {key} is", value) for key, value in zip(keys, values)]
+
+    def _wrong(self, rng: np.random.Generator, line: Line, asked: list[Line], rivals: list[Line], make) -> np.ndarray:
+        """(7 n): the other needles' values first, then values that stand nowhere, all as many tokens long as the right one."""
+        right, n = {tuple(other.answer) for other in asked}, line.end - line.start
+        wrong = {tuple(rival.answer): None for rival in rivals if len(rival.answer) == n}
+        for _ in range(1000):
+            if len(wrong) >= WRONG:
+                break
+            answer = self._line("#", *self._draw(rng, 1, make)).answer
+            if len(answer) == n and tuple(answer) not in right:
+                wrong[tuple(answer)] = None
+        if len(wrong) < WRONG:
+            raise ValueError(f"this vocabulary has too few other answers of {n} tokens: prepare the corpus with another --vocab-size")
+        return np.array(list(wrong)[:WRONG])
+
+    def _compose(self, rng: np.random.Generator, length: int, hidden: list[Line], asked: list[Line], depths: np.ndarray) -> Example:
+        """`hidden` in real text at `depths` (0 to 1, nan for anywhere; in order where two fall together), `asked` at its end."""
+        tail = sum(len(line.ids) for line in asked)
+        room = length - 1 - tail - sum(len(line.ids) for line in hidden)
+        if room < 0:
+            raise ValueError(f"{len(hidden)} hidden lines and {len(asked)} questions take {length - room} tokens: {length} is too short")
+        text = self._haystack(rng, room)
+        breaks = np.concatenate(([0], 1 + np.flatnonzero(self.ends_line[text])))  # a line may begin here
+        depths = np.where(np.isnan(depths), rng.random(len(hidden)), depths)
+        places = breaks[np.abs(breaks[None, :] - depths[:, None] * room).argmin(1)]
+        parts, start = [(np.array([self.tokenizer.eot_token]), CONTEXT)], 0
         for i in np.argsort(places, kind="stable"):
-            parts += [(text[start : places[i]], CONTEXT, -1, 0), (lines[i][0], NEEDLE, -1, 0)]
+            parts += [(text[start : places[i]], CONTEXT), (hidden[i].ids, NEEDLE)]
             start = places[i]
-        parts.append((text[start:], CONTEXT, -1, 0))
-        parts += [(lines[i][0], QC, question, lines[i][1]) for question, i in enumerate(asked)]
-        answer = np.full(length, -1)
-        segment = np.concatenate([np.full(len(ids), kind, dtype=np.int8) for ids, kind, _, _ in parts])
+        parts += [(text[start:], CONTEXT), *((line.ids, QC) for line in asked)]
+        segment = np.concatenate([np.full(len(ids), kind, dtype=np.int8) for ids, kind in parts])
         segment[:10] = np.where(segment[:10] == CONTEXT, BEGIN, segment[:10])
-        end = 0
-        for ids, _, question, digits in parts:
-            end += len(ids)
-            if question >= 0:
-                answer[end - 1 - digits : end - 1] = question  # the last token is the line's end
-        return Example(np.concatenate([ids for ids, *_ in parts]).astype(np.int64), answer, segment)
+        answer, begin = np.full(length, -1), length - tail
+        for question, line in enumerate(asked):
+            answer[begin + line.start : begin + line.end] = question
+            begin += len(line.ids)
+        return Example(np.concatenate([ids for ids, _ in parts]).astype(np.int64), answer, segment)
 
     def _draw(self, rng: np.random.Generator, count: int, make) -> list[str]:
         """`count` different names of this split."""
@@ -105,14 +187,18 @@ class Needles:
         first, second = rng.integers(len(self.words), size=2)
         return f"{self.words[first]}_{self.words[second]}"
 
+    def _word(self, rng: np.random.Generator) -> str:
+        return self.words[rng.integers(len(self.words))]
+
     def _value(self, rng: np.random.Generator) -> str:
         return f"{rng.integers(10**DIGITS):0{DIGITS}d}"
 
-    def _line(self, key: str, value: str) -> tuple[np.ndarray, int]:
-        """Token ids of a needle's line, and how many of them are the value's."""
-        stem, number = self.tokenizer.encode_ordinary(f"# {key} is"), self.tokenizer.encode_ordinary(f" {value}")
-        digits = len(number) - (self.tokenizer.token_bytes(number[0]) == b" ")  # the space is no part of the answer
-        return np.array(stem + number + self.tokenizer.encode_ordinary("\n")), digits
+    def _line(self, stem: str, answer: str) -> Line:
+        """The line `stem answer`."""
+        before, after = self.tokenizer.encode_ordinary(stem), self.tokenizer.encode_ordinary(f" {answer}")
+        end = len(before) + len(after)
+        space = self.tokenizer.token_bytes(after[0]) == b" "  # alone it is no part of the answer
+        return Line(np.array(before + after + self.tokenizer.encode_ordinary("\n")), len(before) + space, end)
 
     def _haystack(self, rng: np.random.Generator, room: int) -> np.ndarray:
         """`room` consecutive tokens that end with a line's end."""

@@ -8,19 +8,19 @@ Writes OUT.csv and OUT.png and prints a table. Each measurement has a process of
 """
 
 import argparse
-import csv
 import multiprocessing
 import resource
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from attention import visible_pairs
 from data.commandline import CommandLine, fail
+from lab.report import check_out, write
 from model import ModelConfig, Transformer, layer_plan
 from train import choose_device
 
@@ -144,8 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         lengths = args.lengths or LENGTHS.get(device.type, LENGTHS["cpu"])
         if min(lengths) < 2:
             raise ValueError(f"--lengths {min(lengths)} must be at least 2")
-        if not args.out.parent.is_dir():
-            raise FileNotFoundError(f"{args.out.parent} is no folder: --out begins with one that exists")
+        check_out(args.out)
     except (ValueError, OSError) as error:
         fail(error)
     print(f"{sizes} on {device}, {torch.get_num_threads()} threads")
@@ -156,12 +155,7 @@ def main(argv: list[str] | None = None) -> None:
             costs.append(pool.apply(measure, job))
             print(f"  {costs[-1].length:,} {costs[-1].pattern}: {costs[-1].decode_ms:.2f} ms a token", file=sys.stderr, flush=True)
     print(table(costs))
-    with open(args.out.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(costs[0])))
-        writer.writeheader()
-        writer.writerows(asdict(cost) for cost in costs)
-    plot(costs, args.out.with_suffix(".png"))
-    print(f"written to {args.out.with_suffix('.csv')} and {args.out.with_suffix('.png')}")
+    write(costs, args.out, plot)
 
 
 if __name__ == "__main__":

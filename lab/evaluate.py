@@ -1,18 +1,40 @@
 """What training measures: validation loss, and needles found at growing lengths."""
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.batches import held_out_examples, validation_windows
-from data.corpus import Corpus
+from data.corpus import DEFAULT_CORPUS, Corpus, load_corpus
 from data.needles import SLACK, Example, Needles
+from data.tokenizer import load_tokenizer
 from model import Transformer
 
 NEEDLES, QUESTIONS = 8, 4  # of an evaluation example, at every length
 TIMES = (0.5, 1, 2, 4, 8, 16)  # the trained length
+
+
+def open_checkpoint(path: Path, data: Path | None, device: torch.device) -> tuple[Transformer, Corpus]:
+    """The model in the folder `path` and a corpus to measure it on: `data`, else the one of its run, else the default.
+
+    Raises OSError or ValueError, the corpus having another tokenizer included.
+    """
+    model, record = Transformer.from_pretrained(path, device), Path(path).absolute().parent / "run.json"
+    if data is None:
+        data = Path(json.loads(record.read_text())["recipe"]["data"]) if record.is_file() else DEFAULT_CORPUS
+    corpus = load_corpus(data)
+    if load_tokenizer(path).hash != corpus.tokenizer.hash:
+        raise ValueError(f"the checkpoint {path} and the corpus {data} have different tokenizers: give the checkpoint's own corpus with --data")
+    return model, corpus
+
+
+def mean_and_error(values) -> tuple[float, float]:
+    """Mean of independent values, and its standard error (nan for a single one)."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 @torch.inference_mode()
@@ -57,8 +79,8 @@ def needle_score(model: Transformer, examples: list[Example]) -> Score:
         exact.append(np.mean(whole))
         digits.append(np.mean(right))
         questions += len(whole)
-    error = np.std(exact, ddof=1) / math.sqrt(len(exact)) if len(exact) > 1 else math.nan
-    return Score(len(examples[0].tokens), questions, float(np.mean(exact)), float(np.mean(digits)), float(error))
+    mean, error = mean_and_error(exact)
+    return Score(len(examples[0].tokens), questions, mean, float(np.mean(digits)), error)
 
 
 def fits(needles: Needles, length: int) -> bool:

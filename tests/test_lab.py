@@ -1,11 +1,17 @@
 """The lab's commands: what they compute from made-up input, and their one-line errors."""
 
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
+import torch
 
 from attention import visible_pairs
-from lab import cost, curves, table
+from data.corpus import load_corpus
+from data.needles import BEGIN, CONTEXT, NEEDLE, QC, TASKS, Needles, held_out
+from lab import cost, curves, loss_by_position, needles, table
+from model import ModelConfig, Transformer
 
 SIZES = {"n_layer": 4, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 16, "vocab_size": 32, "window": 8}
 
@@ -83,3 +89,159 @@ def test_an_unfinished_run_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         table.main([str(tmp_path / "a")])
     assert "--resume" in capsys.readouterr().err
+
+
+# Needles
+
+
+@pytest.fixture(scope="module")
+def checkpoint(corpus_folder, tmp_path_factory):
+    """An untrained model over the test corpus, saved as a checkpoint; its cache must come round and its windows bind."""
+    corpus, folder = load_corpus(corpus_folder), tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = ModelConfig(n_head=2, n_kv_head=1, d_model=32, d_ff=32, vocab_size=corpus.tokenizer.n_vocab, window=16, trained_length=128)
+    Transformer(config).save_pretrained(folder)
+    corpus.tokenizer.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("depth", [None, 0.0, 0.5, 1.0])
+def test_tasks_hide_what_they_ask(corpus_folder, task, depth):
+    corpus = load_corpus(corpus_folder)
+    maker = Needles(corpus.tokenizer, corpus.val, evaluation=True)
+    for seed in range(5):
+        example = maker.task(task, np.random.default_rng(seed), 1024, depth)
+        text = lambda ids: corpus.tokenizer.decode_bytes(ids.tolist()).decode()
+        assert len(example.tokens) == len(example.answer) == len(example.segment) == 1024 and example.tokens[0] == corpus.tokenizer.eot_token
+        hidden, asked = (text(example.tokens[example.segment == kind]).splitlines() for kind in (NEEDLE, QC))
+        answers = [text(example.tokens[example.answer == i]) for i in range(len(asked))]
+        assert len(asked) == len(example.wrong) == {"multi-query": 4, "multi-value": 4}.get(task, 1)
+        for question, answer, wrong in zip(asked, answers, example.wrong):
+            assert question.endswith(answer)
+            assert wrong.shape == (7, (example.answer == 0).sum()) and len({text(ids) for ids in wrong}) == 7
+            assert not {text(ids) for ids in wrong} & set(answers)  # never another right answer
+        if task == "aggregation":
+            counts = Counter(line.split()[-1] for line in hidden)
+            assert counts.most_common(1)[0] == (answers[0].strip(), 5) and sorted(counts.values())[:-1] == [2] * 7
+            continue
+        assert all(held_out(answer) for answer in answers)
+        facts = {}
+        for line in hidden:  # in order of appearance
+            _, key, verb, value = line.split()
+            facts.setdefault(key, []).append(value)
+            if verb == "equals":
+                assert value in facts  # a chain is told from its beginning
+        keys = [question.split()[1] for question in asked]
+        assert all(held_out(key) for key in facts)
+        if task == "multi-value":
+            assert len(set(keys)) == 1 and facts[keys[0]] == answers and len(facts) == 5
+        else:
+            for key, answer in zip(keys, answers):
+                (value,) = facts[key]  # one answer
+                while value in facts:
+                    (value,) = facts[value]
+                assert value == answer
+            assert len(facts) == {"single": 1, "variable-tracking": 12}.get(task, 8)
+        if depth is not None:  # the nearest line's end: in code a line is rarely longer than 60 tokens
+            first = next(line for line in hidden if line.endswith(answers[0]))
+            begins = (example.segment == NEEDLE) & ((np.roll(example.segment, 1) != NEEDLE) | (np.roll(example.tokens, 1) == example.tokens[-1]))
+            place = np.flatnonzero(begins)[hidden.index(first)]
+            haystack = (example.segment == CONTEXT) | (example.segment == BEGIN)
+            assert abs(haystack[:place].sum() / haystack.sum() - depth) < 60 / haystack.sum()
+
+
+def test_a_value_of_another_length_is_no_candidate(corpus_folder):
+    corpus = load_corpus(corpus_folder)
+    maker = Needles(corpus.tokenizer, corpus.val, evaluation=True)
+    with pytest.raises(ValueError, match="too short"):
+        maker.task("multi-key", np.random.default_rng(0), 64)
+    with pytest.raises(ValueError, match="'nonsense' is unknown"):
+        maker.task("nonsense", np.random.default_rng(0), 512)
+
+
+@pytest.mark.parametrize("task", ["multi-value", "multi-query", "aggregation"])
+def test_likelihood_equals_a_slow_loop(corpus_folder, checkpoint, task):
+    """Against one uncached forward for every candidate, with answers longer than a token and of one token."""
+    corpus, model = load_corpus(corpus_folder), Transformer.from_pretrained(checkpoint)
+    seen = set()
+    for seed in range(6):
+        example = Needles(corpus.tokenizer, corpus.val, evaluation=True).task(task, np.random.default_rng(seed), 400)
+        exact, likely = [], []
+        for question, wrong in enumerate(example.wrong):
+            (span,) = np.nonzero(example.answer == question)
+            nll = []
+            for candidate in (example.tokens[span], *wrong):
+                tokens = torch.from_numpy(np.concatenate((example.tokens[: span[0]], candidate)))[None]
+                with torch.no_grad():
+                    logits = model(tokens)[0, span[0] - 1 : -1]
+                nll.append(torch.nn.functional.cross_entropy(logits, tokens[0, span[0] :], reduction="sum").item())
+                if len(nll) == 1:
+                    exact.append((logits.argmax(-1) == tokens[0, span[0] :]).all().item())
+            likely.append(nll[0] < min(nll[1:]))
+        expected = (np.mean(exact), np.mean(likely))
+        assert needles.score(model, example) == expected
+        seen.add(expected)
+    assert len(seen) > 1 or task == "aggregation"  # an untrained model is sometimes right by chance: the comparison compares something
+
+
+def test_needles_command(corpus_folder, checkpoint, tmp_path, capsys):
+    tasks = ["single", "aggregation"]
+    needles.main([str(checkpoint), "--data", str(corpus_folder), "--task", *tasks, "--lengths", "200", "300", "--depths", "0", "1", "--examples", "2", "--out", str(tmp_path / "n")])
+    text = capsys.readouterr().out
+    assert f"{checkpoint}, single: exact / likelihood" in text and text.count("\n   100%") == 1 and text.count("\n    any") == 1
+    rows = (tmp_path / "n.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 + 2 and rows[1].startswith(f"{checkpoint},single,200,0.0,2,")
+    assert (tmp_path / "n.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# Loss by position
+
+
+def test_windows_lie_inside_documents_and_share_no_target():
+    ids = np.full(5000, 7)
+    eot = 99
+    ids[[0, 1000, 1300]] = eot
+    found = loss_by_position.windows(ids, eot, 512, 20)
+    targets = [position for _, end in found for position in range(end - 128, end)]
+    assert len(set(targets)) == len(targets) == 20 * 128
+    assert all((ids[end - 512 : end] == 7).all() for _, end in found)
+    assert {document for document, _ in found} == {0, 2}  # the second is too short
+    assert Counter(document for document, _ in found)[0] == 4  # all that it has
+    with pytest.raises(ValueError, match="not 999"):
+        loss_by_position.windows(ids, eot, 512, 999)
+
+
+def test_loss_by_position(corpus_folder, checkpoint, tmp_path, capsys):
+    corpus, model = load_corpus(corpus_folder), Transformer.from_pretrained(checkpoint)
+    (_, end), *_ = loss_by_position.windows(corpus.val, corpus.tokenizer.eot_token, 600, 1)
+    for context in (128, 600):
+        sequence = torch.tensor([[corpus.tokenizer.eot_token, *corpus.val[end - context : end].tolist()]])
+        with torch.no_grad():
+            plain = torch.nn.functional.cross_entropy(model(sequence[:, :-1])[0, -128:], sequence[0, -128:]).item()
+        assert loss_by_position.loss(model, corpus.val, end, context, corpus.tokenizer.eot_token) == pytest.approx(plain, rel=1e-5)
+    loss_by_position.main([str(checkpoint), "--data", str(corpus_folder), "--windows", "4", "--contexts", "128", "256", "--out", str(tmp_path / "l")])
+    text = capsys.readouterr().out
+    assert "over 4 windows from" in text and len((tmp_path / "l.csv").read_text().splitlines()) == 3 and (tmp_path / "l.png").exists()
+
+
+@pytest.mark.parametrize(
+    "main,argv,word",
+    [
+        (needles.main, ["nowhere"], "nowhere"),
+        (needles.main, ["CHECKPOINT", "--depths", "2"], "--depths 2"),
+        (needles.main, ["CHECKPOINT", "--task", "double"], "'double'"),
+        (needles.main, ["CHECKPOINT", "--lengths", "20"], "20"),
+        (needles.main, ["CHECKPOINT", "--examples", "0"], "--examples 0"),
+        (needles.main, ["CHECKPOINT", "--data", "nowhere"], "nowhere"),
+        (loss_by_position.main, ["CHECKPOINT", "--windows", "0"], "--windows 0"),
+        (loss_by_position.main, ["CHECKPOINT", "--contexts", "100"], "--contexts 100"),
+        (loss_by_position.main, ["CHECKPOINT", "--windows", "100000"], "100000"),
+    ],
+)
+def test_errors_about_checkpoints(main, argv, word, corpus_folder, checkpoint, capsys):
+    argv = [str(checkpoint) if arg == "CHECKPOINT" else arg for arg in argv]
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, *([] if "--data" in argv else ["--data", str(corpus_folder)])])
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and word in error[0]

@@ -52,17 +52,6 @@ rope_theta = 20_000
 """
 
 
-@pytest.fixture(scope="session")
-def corpus_folder(tmp_path_factory):
-    """A small corpus of real text: some modules of the standard library."""
-    folder = tmp_path_factory.mktemp("corpora") / "small"
-    source = Path(os.__file__).parent
-    names = ["argparse", "ast", "bdb", "calendar", "cmd", "configparser", "copy", "csv", "datetime", "difflib", "dis", "enum", "inspect", "locale"]
-    documents = [(name, (source / f"{name}.py").read_text(encoding="utf-8")) for name in names]
-    prepare(documents, folder, vocab_size=1024, source="test")
-    return folder
-
-
 @pytest.fixture
 def tiny(tmp_path):
     """The tiny recipe as a file."""
@@ -306,14 +295,13 @@ def test_needles_lie_where_the_segments_say(corpus_folder, length, hidden, asked
         lines, questions = text(example.segment == NEEDLE).splitlines(), text(example.segment == QC).splitlines()
         assert len(lines) == len(set(lines)) == hidden and len(questions) == asked
         assert set(questions) <= set(lines)  # each question's answer stands in the context
-        keys = [" ".join(line.split()[1:3]) for line in lines]
+        keys = [line.split()[1] for line in lines]
         assert len(set(keys)) == hidden
         for i, question in enumerate(questions):
-            *key, _, value = question.split()[1:]
-            key = " ".join(key)
+            key, _, value = question.split()[1:]
             assert text(example.answer == i) == value
             assert held_out(key) == held_out(value) == evaluation
-            assert len(tokenizer.encode_ordinary(" " + key)) == 2
+            assert len(tokenizer.encode_ordinary(" " + key)) >= 2
         assert (example.segment[:10] != CONTEXT).all() and (example.segment[0] == BEGIN)
         assert (np.flatnonzero(example.segment == QC) == np.arange(length - (example.segment == QC).sum(), length)).all()
         if depth is not None:
