@@ -546,3 +546,32 @@ def test_an_interrupt_ends_a_sample_with_a_line(run, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err == "\ninterrupted\n" and "Traceback" not in err
+
+
+# Recipes
+
+SMALL = {"n_layer": 4, "n_head": 2, "n_kv_head": 1, "d_model": 32, "d_ff": 48}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_trains_in_miniature(path, corpus_folder, tmp_path, monkeypatch):
+    """It parses, its model can be built, and a copy with everything smaller makes two steps in each of its phases."""
+    tables = recipes.read_toml(path)
+    full = recipes.build(tables, name=path.name)
+    with torch.device("meta"):
+        Transformer(full.model)
+    pattern = {"extend-laptop-rope": "R", "extend-laptop-pi": "R", "extend-laptop-ntk": "R", "extend-laptop-yarn": "R", "convert-laptop": "R"}.get(path.stem)
+    tables["model"] |= SMALL | ({"window": 16} if "window" in tables["model"] else {}) | ({"pattern": pattern} if pattern else {})
+    tables |= {"batch_tokens": 512, "eval_tokens": 512, "needle_share": 0.5 * tables.get("needle_share", 0), "data": str(corpus_folder)}
+    for phase in tables["phase"]:
+        longest = max(map(int, phase["lengths"]))
+        phase["lengths"] = {str(512 * int(length) // longest): share for length, share in phase["lengths"].items()}
+        phase["steps"] = 2
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    monkeypatch.setattr(recipes, "read_toml", lambda _: tables)
+    train.main([str(path), "--out", str(tmp_path / "run")])
+    losses = [entry["loss"] for entry in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines()) if "loss" in entry]
+    assert len(losses) == 2 * len(full.phase) and all(np.isfinite(losses))
+    trained, wanted = Transformer.from_pretrained(tmp_path / "run" / "last"), Transformer(recipes.build(tables).stages()[-1].config)
+    for mine, asked in zip(trained._read_config(), wanted._read_config()):  # plan, rotary frequencies, their amplitude
+        assert torch.allclose(mine, asked) if isinstance(mine, torch.Tensor) else mine == pytest.approx(asked)
