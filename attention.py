@@ -76,23 +76,30 @@ def rotary_frequencies(
 def rotary_table(positions: Tensor, frequencies: Tensor, amplitude: float = 1.0) -> Tensor:
     """amplitude * (cos, sin) of each pair's angle: (t d/2 2) from (t) positions. Float32, whatever the model is in."""
     angles = positions.float()[:, None] * frequencies.to(positions.device)
-    return amplitude * torch.stack((angles.cos(), angles.sin()), dim=-1)
+    table = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    return table if amplitude == 1 else table * amplitude
+
+
+def as_complex(table: Tensor) -> Tensor:
+    """(t d/2 2) -> (t 1 d/2) complex, as x (b t h d/2) is multiplied by it."""
+    return torch.view_as_complex(table).unsqueeze(1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """x (b t h d) turned by its position's angles: dimensions 2i and 2i+1 are one complex number (GPT-J's adjacent pairs).
+    table (t d/2 2), or the same as complex numbers (t 1 d/2).
 
     A rotation keeps norms, and <rotate(q, m), rotate(k, n)> depends on m - n alone: position enters as distance.
     """
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
-    pairs = (x.float() if narrow else x).view(*x.shape[:-1], -1, 2)
-    if torch.compiler.is_compiling():  # the compiler has no complex numbers, and fuses these
+    wide = x.float() if x.element_size() < 4 else x  # angles and products in float32 at least
+    pairs = wide.view(x.shape[:-1] + (-1, 2))
+    if table.is_complex() or not torch.compiler.is_compiling():
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * (table if table.is_complex() else as_complex(table)))
+    else:  # the compiler has no complex numbers, and fuses these
         (a, b), (cos, sin) = pairs.unbind(-1), table.unsqueeze(1).unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table).unsqueeze(1))
     turned = turned.flatten(-2)
-    return turned.to(x.dtype) if narrow else turned
+    return turned if wide is x else turned.to(x.dtype)
 
 
 def length_scale(kind: str, positions: Tensor, base: int | None) -> Tensor | None:
@@ -396,26 +403,32 @@ class KVCache:
             q_pos = self.clock.clone()
             self.clock += t
         for rows, held in self.positions.items():
-            newest = q_pos[-rows:]
+            newest = q_pos if t <= rows else q_pos[-rows:]
             slots[rows] = newest % rows
             if self._chunked(rows, t):
                 met[rows] = torch.cat((held[: min(self.length - t, rows)], q_pos))
             held.index_copy_(0, slots[rows], newest)
             if not self._chunked(rows, t):
-                met[rows] = held if self.clock is not None else held[: min(self.length, rows)]
+                met[rows] = held if self.clock is not None or self.length >= rows else held[: self.length]
         return q_pos, slots, met
 
     def extend(self, layer: int, k: Tensor, v: Tensor, slots: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Store a layer's k and v (b k t d) for the tokens just advanced over; return those that their queries meet (b k s d)."""
-        rows, t, met = self.rows[layer], k.shape[2], []
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            new = new if new.dtype == store.dtype else new.to(store.dtype)
-            if self._chunked(rows, t):
-                met.append(torch.cat((store[:, :, : min(self.length - t, rows)], new), dim=2))
-            store.index_copy_(2, slots[rows], new[:, :, -rows:])
-            if not self._chunked(rows, t):
-                met.append(store if self.clock is not None else store[:, :, : min(self.length, rows)])
-        return met[0], met[1]
+        rows, t, k_held, v_held = self.rows[layer], k.shape[2], self.k[layer], self.v[layer]
+        if k.dtype != k_held.dtype:
+            k, v = k.to(k_held.dtype), v.to(k_held.dtype)
+        chunked = self._chunked(rows, t)
+        if chunked:
+            held = min(self.length - t, rows)
+            met = torch.cat((k_held[:, :, :held], k), dim=2), torch.cat((v_held[:, :, :held], v), dim=2)
+            k, v = k[:, :, -rows:], v[:, :, -rows:]
+        k_held.index_copy_(2, slots[rows], k)
+        v_held.index_copy_(2, slots[rows], v)
+        if chunked:
+            return met
+        if self.clock is not None or self.length >= rows:
+            return k_held, v_held
+        return k_held.narrow(2, 0, self.length), v_held.narrow(2, 0, self.length)
 
     def _chunked(self, rows: int, t: int) -> bool:
         """Must these queries meet keys that the ring has no room for beside the newest? One token, or a ring that never turns, need not."""
@@ -439,6 +452,18 @@ class Context:
     k_pos: dict[int | None, Tensor] | None = None  # under a cache, per window (s)
     slots: dict[int, Tensor] | None = None  # under a cache, per ring size
     weights: list | None = None  # collects (attention weights, key positions) of each layer
+    joined: bool = False  # one token: blocks multiply by their joined matrices
+
+
+class LayerNorm(nn.LayerNorm):
+    """Without a bias. torch's own way to the kernel takes longer than the norm of one token."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__(width, eps=eps, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (.. width) with mean 0 and variance 1, times the gain."""
+        return torch.layer_norm(x, self.normalized_shape, self.weight, None, self.eps)
 
 
 class Attention(nn.Module):
@@ -451,23 +476,27 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d_model, n_kv_head * head_dim, bias=False)
         self.v_proj = nn.Linear(d_model, n_kv_head * head_dim, bias=False)
         self.o_proj = nn.Linear(n_head * head_dim, d_model, bias=False)
+        self.q_norm = self.k_norm = self.s_scale = None
         if qk_norm:  # LayerNorm over the head width, one gain (d) for all heads (paper, section 2)
-            self.q_norm = nn.LayerNorm(head_dim, eps=norm_eps, bias=False)
-            self.k_norm = nn.LayerNorm(head_dim, eps=norm_eps, bias=False)
+            self.q_norm = LayerNorm(head_dim, norm_eps)
+            self.k_norm = LayerNorm(head_dim, norm_eps)
         if ssmax:
             self.s_scale = nn.Parameter(torch.full((n_head,), 0.168))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, context: Context, layer: int) -> Tensor:
-        """q (b t (h d)), k and v (b t (k d)), as `q_proj`, `k_proj` and `v_proj` give them -> (b t c)."""
-        q, k, v = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))
-        if hasattr(self, "q_norm"):  # before the rotation
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, context: Context, layer: int) -> Tensor:
+        """What the heads find, between the projections: q (b t (h d)), k and v (b t (k d)), as `q_proj`, `k_proj` and `v_proj` give them -> (b t (h d)), as `o_proj` takes it."""
+        b, t, _ = q.shape
+        shape = (b, -1, 1, self.head_dim) if t == 1 else (b, t, -1, self.head_dim)  # of one token t and h may change places as they are
+        q, k, v = q.view(shape), k.view(shape), v.view(shape)
+        if self.q_norm is not None:  # before the rotation
             q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)  # autocast would leave them wider than v
         if spec.rope:
             q, k = rotate(q, context.table), rotate(k, context.table)
-        elif spec.window is None and context.scale is not None:
-            scale = context.scale[:, None, None]  # (t 1 1) against q (b t h d)
-            q = (q * (scale * self.s_scale[:, None] if hasattr(self, "s_scale") else scale)).type_as(v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # b t h d -> b h t d
+        if t > 1:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # b t h d -> b h t d
+        if not spec.rope and spec.window is None and context.scale is not None:
+            scale = context.scale[:, None]  # (t 1) against q (b h t d)
+            q = (q * (scale if self.s_scale is None else scale * self.s_scale[:, None, None])).type_as(v)
         q_pos = k_pos = None
         if context.cache is not None:
             k, v = context.cache.extend(layer, k, v, context.slots)
@@ -480,4 +509,4 @@ class Attention(nn.Module):
         else:
             backend, mask = context.backends[spec.window], context.masks[spec.window]
             y = attend(q, k, v, spec.window, backend, q_pos, k_pos, mask)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return (y if t == 1 else y.transpose(1, 2)).reshape(b, t, -1)

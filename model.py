@@ -23,7 +23,9 @@ from attention import (
     Attention,
     Context,
     KVCache,
+    LayerNorm,
     LayerSpec,
+    as_complex,
     choose_backend,
     length_scale,
     make_mask,
@@ -33,6 +35,7 @@ from attention import (
 )
 
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # elements (b t v) the loss makes at a time; on CPU what a cache holds
+TABLES_AT_ONCE = 64  # positions whose rotary tables decoding makes together
 PREFILL_CHUNK = 512  # tokens of a prompt per forward, so that a long one never makes (t s) masks or (t v) logits
 
 
@@ -134,17 +137,17 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        """gate and up (b t f), as `gate_proj` and `up_proj` give them -> (b t c)."""
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, h: Tensor) -> Tensor:
+        """h (b t c) -> (b t c)."""
+        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
 class Block(nn.Module):
-    """x + attn(LN(x)) + mlp(LN(x)): one norm, two readers."""
+    """x + attn(LN(x)) + mlp(LN(x)): one norm, two readers, one sum."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        self.input_layernorm = LayerNorm(config.d_model, config.norm_eps)
         self.self_attn = Attention(
             config.d_model,
             config.n_head,
@@ -155,36 +158,40 @@ class Block(nn.Module):
             config.norm_eps,
         )
         self.mlp = MLP(config)
-        self.widths = [reader.out_features for reader in self.readers()]
-        self.joined: Tensor | None = None  # see `join`
+        self.widths = [matrix.out_features for matrix in self.matrices()[0]]
+        self.joined: tuple[Tensor, ...] = ()  # see `join`
 
     def forward(self, x: Tensor, spec: LayerSpec, context: Context, layer: int) -> Tensor:
         """x (b t c) -> (b t c)."""
-        h = self.input_layernorm(x)
-        if x.shape[1] == 1 and not torch.compiler.is_compiling() and self.is_joined():
-            q, k, v, gate, up = (h @ self.joined).split_with_sizes(self.widths, dim=-1)
-        else:
-            q, k, v, gate, up = (reader(h) for reader in self.readers())
-        return x + self.self_attn(q, k, v, spec, context, layer) + self.mlp(gate, up)
+        h, attn = self.input_layernorm(x), self.self_attn
+        if context.joined:  # the same in two products
+            q, k, v, gate, up = (h @ self.joined[0]).split_with_sizes(self.widths, dim=-1)
+            found = torch.cat((attn.mix(q, k, v, spec, context, layer), F.silu(gate) * up), dim=-1)
+            return x + found @ self.joined[1]
+        y = attn.mix(attn.q_proj(h), attn.k_proj(h), attn.v_proj(h), spec, context, layer)
+        return x + attn.o_proj(y) + self.mlp(h)
 
-    def readers(self) -> tuple[nn.Linear, ...]:
-        """The five matrices that read the norm's output."""
+    def matrices(self) -> tuple[list[nn.Linear], list[nn.Linear]]:
+        """Those that read the norm's output, and those that write to the residual stream."""
         attn, mlp = self.self_attn, self.mlp
-        return attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj
+        return [attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj], [attn.o_proj, mlp.down_proj]
+
+    def parts(self) -> list[tuple[nn.Linear, Tensor]]:
+        """Each matrix with its part of `joined`, transposed."""
+        split = lambda group, whole, dim: whole.split([m.weight.shape[1 - dim] for m in group], dim)
+        return [pair for group, whole, dim in zip(self.matrices(), self.joined, (1, 0)) for pair in zip(group, split(group, whole, dim))]
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def join(self) -> None:
-        """Lay the five side by side, (c all), their parameters views of it. Decoding is bound by reading the matrices, and since
-        attention and feed-forward run in parallel one product can read all five. Another layout may round in another way."""
-        if not self.is_joined():
-            self.joined = torch.cat([reader.weight for reader in self.readers()]).t().contiguous()
-            for reader, part in zip(self.readers(), self.joined.split(self.widths, dim=1)):
-                reader.weight.data = part.t()
-
-    def is_joined(self) -> bool:
-        """Are the parameters (still) views of `joined`? Moving or casting the model undoes it."""
-        return self.joined is not None and self.joined.data_ptr() == self.self_attn.q_proj.weight.data_ptr()
+        """Lay the readers side by side, (c all), and the writers below each other, (all c); the parameters become views, unless they
+        are already. Decoding is bound by reading the matrices and by the number of calls, and a parallel block needs two
+        products, not seven. (In training the strided views cost more than they save.) Another layout may round in another way.
+        """
+        if not self.joined or any(m.weight.data_ptr() != part.data_ptr() for m, part in self.parts()):
+            self.joined = tuple(torch.cat([m.weight.t() for m in group], dim).contiguous() for group, dim in zip(self.matrices(), (1, 0)))
+            for m, part in self.parts():
+                m.weight.data = part.t()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -235,11 +242,12 @@ class Transformer(nn.Module):
         self.config = config
         self.backend = "auto"  # the kernel of the windowed layers
         self._read: tuple = (None,)  # see `_read_config`
+        self._tables: tuple = (None,)  # see `_context`
         self._compiled_step = None  # see `compile_decoding`
         self.recompute = False  # keep only the blocks' inputs for the backward pass (activation checkpointing)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        self.norm = LayerNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._initialise()
@@ -268,12 +276,13 @@ class Transformer(nn.Module):
         return self.unembed(self.hidden(tokens, cache, weights=weights))
 
     def hidden(
-        self, tokens: Tensor, cache: KVCache | None = None, layers: list | None = None, weights: list | None = None
+        self, tokens: Tensor, cache: KVCache | None = None, layers: list | None = None, weights: list | None = None, joined: bool = False
     ) -> Tensor:
-        """(b t c) after the final norm. A list given as `layers` collects the residual stream: embeddings, then each block's."""
+        """(b t c) after the final norm. A list given as `layers` collects the residual stream: embeddings, then each block's.
+        `joined`: multiply by the matrices that `Block.join` has laid together."""
         plan, *_ = self._read_config()
         x = self.embed_tokens(tokens)
-        context = self._context(plan, tokens.shape[1], tokens.device, cache, weights)
+        context = self._context(plan, tokens.shape[1], tokens.device, cache, weights, joined)
         if layers is not None:
             layers.append(x)
         for i, (block, spec) in enumerate(zip(self.layers, plan, strict=True)):
@@ -291,7 +300,7 @@ class Transformer(nn.Module):
             self._read = (c, layer_plan(c), *turning)
         return self._read[1:]
 
-    def _context(self, plan: list[LayerSpec], t: int, device, cache: KVCache | None, weights: list | None) -> Context:
+    def _context(self, plan: list[LayerSpec], t: int, device, cache: KVCache | None, weights: list | None, joined: bool) -> Context:
         """Positions, tables and masks: one of each kind per forward, however many layers there are."""
         c = self.config
         k_pos = slots = None
@@ -301,9 +310,17 @@ class Transformer(nn.Module):
             assert cache.plan == plan, "this cache was made for another pattern or window"
             q_pos, slots, met = cache.advance(t)
             k_pos = {spec.window: met[rows] for spec, rows in zip(plan, cache.rows)}
-        _, frequencies, amplitude = self._read_config()
+        if joined and cache.clock is None:  # decoding: the tables of a whole block of positions at once
+            block, at = divmod(cache.length - 1, TABLES_AT_ONCE)
+            if self._tables[0] != (block, c, device):
+                positions = torch.arange(block * TABLES_AT_ONCE, (block + 1) * TABLES_AT_ONCE, device=device)
+                self._tables = (block, c, device), as_complex(rotary_table(positions, *self._read_config()[1:]))
+            table = self._tables[1][at : at + 1]
+        else:
+            table = rotary_table(q_pos, *self._read_config()[1:])
+            table = table if torch.compiler.is_compiling() else as_complex(table)
         context = Context(
-            table=rotary_table(q_pos, frequencies, amplitude),
+            table=table,
             scale=length_scale(c.length_scale, q_pos, c.length_base or c.trained_length),
             backends={},
             masks={},
@@ -312,6 +329,7 @@ class Transformer(nn.Module):
             k_pos=k_pos,
             slots=slots,
             weights=weights,
+            joined=joined,
         )
         for window in {spec.window for spec in plan}:
             backend = choose_backend(self.backend, window, t, device, cached=cache is not None)
@@ -371,7 +389,7 @@ class Transformer(nn.Module):
         self._compiled_step = torch.compile(self._logits_after, fullgraph=True, dynamic=False, **graphs)
 
     def _logits_after(self, token: Tensor, cache: KVCache) -> Tensor:
-        return self.unembed(self.hidden(token[:, None], cache))[:, 0]
+        return self.unembed(self.hidden(token[:, None], cache, joined=True))[:, 0]
 
     def _step(self, token: Tensor, cache: KVCache) -> Tensor:
         """Logits (b v) after one more token (b) of every row."""
@@ -416,8 +434,8 @@ class Transformer(nn.Module):
 
     def generate(self, tokens: Tensor, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int | None = None, **more) -> Tensor:
         """tokens (b t) -> (b t+new): what `stream` yields, joined; it takes the same settings."""
-        new = [token[:, None] for token in self.stream(tokens, max_new_tokens, temperature, top_k, **more)]
-        return torch.cat([tokens, *new], dim=1)
+        new = list(self.stream(tokens, max_new_tokens, temperature, top_k, **more))
+        return torch.cat([tokens, torch.stack(new, dim=1)], dim=1) if new else tokens
 
     # Counts
 

@@ -164,7 +164,7 @@ def test_we_run_what_transformers_saves(tmp_path, changes):
 
 def half_split(x, table):
     """GPT-NeoX's rotation: dimension i is paired with i + d/2."""
-    (a, b), (cos, sin) = x.chunk(2, dim=-1), table.unsqueeze(1).unbind(-1)
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), (table.real, table.imag)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
@@ -189,9 +189,9 @@ def test_planted_errors_exceed_the_tolerance(tmp_path, monkeypatch, error):
     if error == "half-split rotation":
         monkeypatch.setattr(attention, "rotate", half_split)
     if error == "rotation backwards":
-        monkeypatch.setattr(attention, "rotate", lambda x, table, right=attention.rotate: right(x, table * torch.tensor([1.0, -1.0])))
+        monkeypatch.setattr(attention, "rotate", lambda x, table, right=attention.rotate: right(x, table.conj()))
     if error == "RMS norm":
-        monkeypatch.setattr(nn.LayerNorm, "forward", lambda n, x: nn.functional.rms_norm(x, n.normalized_shape, n.weight, n.eps))
+        monkeypatch.setattr(attention.LayerNorm, "forward", lambda n, x: nn.functional.rms_norm(x, n.normalized_shape, n.weight, n.eps))
     d = difference(ours(tokens()), theirs(tokens()).logits)
     assert d < TOLERANCE if error == "none" else d > 50 * TOLERANCE, d
 
