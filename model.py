@@ -257,7 +257,7 @@ class Transformer(nn.Module):
         """Matrices at fan_in^-0.5, the two that write to the residual stream smaller by sqrt(2 n_layer), embeddings at 0.02.
 
         A NoPE layer's queries begin half as its keys, at the same size: it finds things by what they are, and like attending to like
-        is where that begins (mimetic initialisation, 2305.09828); without it retrieval takes about a hundred steps more to appear.
+        is where that begins (mimetic initialisation, 2305.09828); without it retrieval appears later.
         """
         for name, p in self.named_parameters():
             if p.ndim == 2:
