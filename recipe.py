@@ -56,6 +56,7 @@ class Recipe:
     phase: tuple[Phase, ...] = ()
     seed: int = 1
     data: str = str(DEFAULT_CORPUS)  # a prepared corpus
+    stretch: int = 1  # every phase has so many times its steps: to train longer by the same recipe
     batch_tokens: int = 4096  # per step, over all micro-batches and processes
     needle_share: float = 0.0  # of the sequences that carry needles
     answer_weight: float = 0.5  # of all answers to needles together, beside 1 for all tokens together
@@ -74,7 +75,7 @@ class Recipe:
             value = getattr(self, name)
             if not math.isfinite(value) or value < low or (strict and value == low):
                 raise ValueError(f"{name} {value} must be {'above' if strict else 'at least'} {low}")
-        for name in ("batch_tokens", "eval_every", "eval_tokens"):
+        for name in ("stretch", "batch_tokens", "eval_every", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         for number, phase in enumerate(self.phase, 1):
@@ -102,7 +103,7 @@ class Recipe:
     @property
     def steps(self) -> int:
         """Of all phases."""
-        return sum(phase.steps for phase in self.phase)
+        return self.stretch * sum(phase.steps for phase in self.phase)
 
     def stages(self) -> list["Stage"]:
         """The phases with every override carried forward, and the stretch that each learning-rate schedule covers."""
@@ -123,8 +124,8 @@ class Recipe:
                 raise ValueError(f"phase {number}: needle_share {held['needle_share']} is not between 0 and 1")
             if phase.lr is not None and start > 0:
                 since = start
-            stages.append(Stage(start, start + phase.steps, phase.lengths, config, **held, since=since))
-            start += phase.steps
+            stages.append(Stage(start, start + self.stretch * phase.steps, phase.lengths, config, **held, since=since))
+            start = stages[-1].end
         ends = {stage.since: stage.end for stage in stages}  # the last stage of each schedule ends it
         return [replace(stage, until=ends[stage.since]) for stage in stages]
 
