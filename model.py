@@ -86,6 +86,7 @@ class ModelConfig:
         _require(self.head_width % 2 == 0, f"head_dim {self.head_width} is odd: rotation turns pairs of dimensions")
         _require(self.rope_theta > 0, f"rope_theta {self.rope_theta} is not positive")
         _require(self.rope_factor >= 1, f"rope_factor {self.rope_factor} is below 1: it is new length / trained length")
+        _require(self.rope_factor == 1 or self.rope_scaling != "none", f"rope_factor {self.rope_factor} does nothing without rope_scaling: give pi, ntk or yarn")
         _require(self.norm_eps > 0, f"norm_eps {self.norm_eps} is not positive")
         _one_of("rope_scaling", self.rope_scaling, ROPE_SCALINGS)
         _one_of("length_scale", self.length_scale, LENGTH_SCALES)
@@ -353,7 +354,7 @@ class Transformer(nn.Module):
         """
         hidden, targets = self.hidden(tokens).flatten(0, 1), targets.flatten()
         if weights is None:
-            weights = torch.full(targets.shape, 1.0, device=targets.device) / (targets != -100).sum().clamp(min=1)
+            weights = torch.ones(targets.shape, device=targets.device, dtype=torch.promote_types(hidden.dtype, torch.float32)) / (targets != -100).sum().clamp(min=1)
         matrix = self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
         return LinearCrossEntropy.apply(hidden, matrix, targets, weights.flatten(), self.config.logit_scale, torch.is_grad_enabled())
 

@@ -3,12 +3,15 @@
     python -m lab.cost                          under five minutes on a laptop's CPU
     python -m lab.cost --device cuda            to 128k tokens
     python -m lab.cost --lengths 512 2048 --patterns R rrrN --out results/cost
+    python -m lab.cost --lengths 65536 --patterns rrrN --no-train      the memory of reading a long prompt alone
 
 Writes OUT.csv and OUT.png and prints a table. Each measurement has a process of its own, so that its peak memory is its own.
 """
 
 import argparse
+import math
 import multiprocessing
+import re
 import resource
 import statistics
 import sys
@@ -40,15 +43,15 @@ class Cost:
     length: int
     decode_ms: float  # a token, after `length` tokens of context
     prefill_ms: float  # of the context
-    train_ms: float  # forward and backward of one sequence
+    train_ms: float  # forward and backward of one sequence; nan where it was left out
     cache_bytes: int
     peak_mb: float  # of the process while decoding and training, beyond what the model and torch take
     cache_promised: float  # (n_full + n_windowed min(1, W/L)) / n_layer
     pairs_promised: float  # visible pairs, which attention's work in training and prefill follows
 
 
-def measure(pattern: str, length: int, sizes: dict, device_name: str, repeats: int = 3) -> Cost:
-    """Median times of one pattern at one length, in tokens, on random tokens."""
+def measure(pattern: str, length: int, sizes: dict, device_name: str, repeats: int = 3, training: bool = True) -> Cost:
+    """Median times of one pattern at one length, in tokens, on random tokens; without `training`, of reading and writing alone."""
     device = torch.device(device_name)
     torch.manual_seed(0)
     config = ModelConfig(pattern=pattern, **sizes)
@@ -71,8 +74,10 @@ def measure(pattern: str, length: int, sizes: dict, device_name: str, repeats: i
         loss.backward()
         model.zero_grad()
 
-    step()
-    train = statistics.median(timed(step) for _ in range(repeats))
+    train = float("nan")
+    if training:
+        step()
+        train = statistics.median(timed(step) for _ in range(repeats))
     model.to(dtype).requires_grad_(False)
     prefills, decodes = [], []
     for _ in range(repeats):
@@ -93,7 +98,10 @@ def peak_bytes(device: torch.device) -> int:
     """The largest memory so far: of the device's allocator, or of this process (resident)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB here
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage would also count what the parent held before this program began
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
 
 
 def table(costs: list[Cost]) -> str:
@@ -113,12 +121,14 @@ def table(costs: list[Cost]) -> str:
 
 
 def plot(costs: list[Cost], out: Path) -> None:
-    """Four panels against the context length, both axes logarithmic."""
+    """A panel each for times and cache against the context length, both axes logarithmic."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 3.6), layout="constrained")
     panels = {"decode_ms": "decoding, ms a token", "prefill_ms": "prefill, ms", "train_ms": "training step, ms", "cache_bytes": "cache, bytes"}
-    for axis, (key, title) in zip(figure.subplots(1, 4), panels.items()):
+    if math.isnan(costs[0].train_ms):
+        del panels["train_ms"]
+    for axis, (key, title) in zip(figure.subplots(1, len(panels)), panels.items()):
         for pattern in dict.fromkeys(cost.pattern for cost in costs):
             points = sorted((cost.length, getattr(cost, key)) for cost in costs if cost.pattern == pattern)
             axis.plot(*zip(*points), marker=".", label=pattern)
@@ -132,7 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = CommandLine(prog="python -m lab.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patterns", nargs="+", default=["R", "RN", "rrrN"])
-    parser.add_argument("--lengths", nargs="+", type=int, help="tokens (default: 1k to 16k on CPU, 4k to 128k on CUDA)")
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens (default: 512 to 8k on CPU, 4k to 128k on CUDA)")
+    parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="measure a training step too, whose memory is the larger")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("cost"), help="OUT.csv and OUT.png (default: cost)")
     try:
@@ -148,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(error)
     print(f"{sizes} on {device}, {torch.get_num_threads()} threads")
-    jobs = [(pattern, length, sizes, str(device)) for length in lengths for pattern in args.patterns]
+    jobs = [(pattern, length, sizes, str(device), 3, args.train) for length in lengths for pattern in args.patterns]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         costs = []
         for job in jobs:

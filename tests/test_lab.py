@@ -1,6 +1,9 @@
 """The lab's commands: what they compute from made-up input, and their one-line errors."""
 
 import json
+import math
+import multiprocessing
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 from attention import visible_pairs
 from data.corpus import load_corpus
 from data.needles import BEGIN, CONTEXT, NEEDLE, QC, TASKS, Needles, held_out
-from lab import cost, curves, loss_by_position, needles, table
+from lab import cost, curves, long_context, loss_by_position, needles, runs, table
 from model import ModelConfig, Transformer
 
 SIZES = {"n_layer": 4, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 16, "vocab_size": 32, "window": 8}
@@ -28,6 +31,13 @@ def test_cost_is_what_arithmetic_promises():
     assert all(min(c.decode_ms, c.prefill_ms, c.train_ms) > 0 for c in costs.values())
     lines = cost.table(list(costs.values())).splitlines()
     assert len(lines) == 4 and f"{hybrid.cache_bytes / full.cache_bytes:.3f}" in lines[3]
+
+
+def test_a_long_prompt_takes_little_memory():
+    """16k tokens through the laptop model in a process of its own: the (t v) logits alone would be 134 MB, a (t s) mask 268 MB."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        made = pool.apply(cost.measure, ("rrrN", 16384, cost.SIZES["cpu"], "cpu", 1, False))
+    assert 0 < made.peak_mb < 200 and math.isnan(made.train_ms)
 
 
 def write_run(folder, pattern, exact, seed=1):
@@ -245,3 +255,69 @@ def test_errors_about_checkpoints(main, argv, word, corpus_folder, checkpoint, c
         main([*argv, *([] if "--data" in argv else ["--data", str(corpus_folder)])])
     error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(error) == 1 and word in error[0]
+
+
+# Records and the long-context experiment
+
+
+def test_keys_depend_on_everything_that_decides_the_numbers(corpus_folder):
+    corpus = load_corpus(corpus_folder)
+    plain = runs.Plan("laptop")
+    others = [runs.Plan("extend-laptop"), runs.Plan("laptop", (("lr", "0.01"),)), runs.Plan("laptop", init=plain), runs.Plan("laptop", init=runs.Plan("extend-laptop"))]
+    assert plain.key(corpus) == runs.Plan("laptop").key(corpus)
+    assert len({plan.key(corpus) for plan in (plain, *others)}) == 5
+    twice = [runs.Plan("laptop", flags).key(corpus) for flags in ((("lr", "0.01"), ("stretch", "2")), (("stretch", "2"), ("lr", "0.01")))]
+    assert twice[0] == twice[1]  # the order of flags decides nothing
+
+
+def test_trainings_start_and_go_on(corpus_folder, tmp_path, monkeypatch):
+    corpus, commands = load_corpus(corpus_folder), []
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    monkeypatch.setattr(runs.subprocess, "run", lambda words, **_: commands.append(words[2:]))
+    base = runs.Plan("laptop", (("pattern", "R"), ("qk-norm", "")))
+    folder = runs.trained(base, corpus)
+    recipe = str(runs.HERE / "recipes" / "laptop.toml")
+    assert commands == [[recipe, "--out", str(folder), "--data", str(corpus_folder), "--pattern", "R", "--qk-norm"]]
+    (folder / "last").mkdir(parents=True)  # cut off after a checkpoint
+    runs.trained(base, corpus)
+    assert commands[1] == ["--resume", str(folder)]
+    (folder / "log.jsonl").write_text('{"step": 1, "final": true}\n')
+    assert runs.trained(base, corpus) == folder and len(commands) == 2  # finished: nothing runs
+    runs.trained(runs.Plan("extend-laptop", (), base), corpus)
+    assert commands[2][-2:] == ["--init", str(folder / "last")]
+
+
+def test_records_are_made_once_and_make_a_page(corpus_folder, checkpoint, tmp_path, monkeypatch, capsys):
+    corpus, folder, asked = load_corpus(corpus_folder), tmp_path / "run", []
+    write_run(folder, "rrrN", 0.95)
+    shutil.copytree(checkpoint, folder / "last")
+    monkeypatch.setattr(runs, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(runs, "EXAMPLES", 2)
+    monkeypatch.setattr(runs, "trained", lambda plan, _: asked.append(plan) or folder)
+    plan = runs.Plan("laptop")
+    made = runs.record(plan, corpus)
+    again = runs.record(plan, corpus)
+    assert made == again and asked == [plan] and made["val_loss"] == 2.5 and len(made["needles"]) == 10
+    scaled = runs.record(plan, corpus, {"length_scale": "swan"})
+    assert scaled["treatment"] == {"length_scale": "swan"} and len(list((tmp_path / "records").iterdir())) == 2 and "val_loss" not in scaled
+
+    def fake(plan, corpus, treatment=None):  # rates differ at the trained length; RN learns only when trained three times as long
+        flags = dict(plan.flags)
+        exact = {"0.003": 0.5, "0.006": 0.9, "0.01": 0.7}[flags.get("lr", "0.006")]
+        if flags.get("pattern") == "RN":
+            exact = 0.3 * int(flags.get("stretch", 1))
+        cells = [cell | {"exact": exact} for cell in made["needles"]]
+        return made | {"plan": str(plan), "needles": cells, "treatment": treatment or {}}
+
+    monkeypatch.setattr(long_context, "record", fake)
+    monkeypatch.setattr(long_context, "load_corpus", lambda: corpus)
+    plan, entry = long_context.base("R", corpus, long_context.RATES)
+    assert dict(plan.flags) == {"pattern": "R"}  # .006, the recipe's own
+    plan, entry = long_context.base("RN", corpus, long_context.RATES)
+    assert dict(plan.flags)["stretch"] == "3"
+    long_context.main(["--out", str(tmp_path / "page")])
+    text = (tmp_path / "page.md").read_text()
+    assert "| R | 0.90 ± 0.00" in text and "R, extended with YARN" in text and "## multi-key" in text and (tmp_path / "page.png").exists()
+    with pytest.raises(SystemExit):
+        long_context.main(["--only", "Q"])
+    assert "'Q' is unknown" in capsys.readouterr().err
