@@ -443,7 +443,7 @@ class KVCache:
 class Context:
     """What the layers of one forward share, made once by the model."""
 
-    table: Tensor  # rotary table of the queries' positions (t d/2 2)
+    table: Tensor  # rotary table of the queries' positions: complex (t 1 d/2), or (t d/2 2) while compiling
     scale: Tensor | None  # length scale of the full NoPE layers (t)
     backends: dict[int | None, str]  # per window
     masks: dict[int | None, Tensor | BlockMask | None]  # per window; none at all for one query over its cache

@@ -172,6 +172,11 @@ class Block(nn.Module):
         y = attn.mix(attn.q_proj(h), attn.k_proj(h), attn.v_proj(h), spec, context, layer)
         return x + attn.o_proj(y) + self.mlp(h)
 
+    def _apply(self, *args, **kwargs):
+        """Moving or casting the model parts the parameters from `joined`: do not keep its memory."""
+        self.joined = ()
+        return super()._apply(*args, **kwargs)
+
     def matrices(self) -> tuple[list[nn.Linear], list[nn.Linear]]:
         """Those that read the norm's output, and those that write to the residual stream."""
         attn, mlp = self.self_attn, self.mlp

@@ -98,8 +98,9 @@ class Needles:
         return self._compose(rng, length, lines, [lines[i] for i in asked], depths)
 
     def task(self, name: str, rng: np.random.Generator, length: int, depth: float | None = None) -> Example:
-        """An example of one of the TASKS, with wrong candidates. The needle asked first (the first value, the beginning of the chain)
-        lies at `depth`; None: anywhere. Raises ValueError for an unknown name or when length has no room."""
+        """An example of one of the TASKS, with wrong candidates, asked in order of appearance. The needle asked first (the beginning of
+        the chain) lies at `depth`, others that are asked anywhere behind it, the rest, and all of aggregation, anywhere; None: that
+        one anywhere too. Raises ValueError for an unknown name or when length has no room."""
         first = rng.random() if depth is None else depth
         following = lambda count: np.append(first, np.sort(rng.uniform(first, 1, count - 1)))
         anywhere = lambda count: np.full(count, np.nan)
@@ -107,7 +108,7 @@ class Needles:
             hidden = self._needles(rng, 1 if name == "single" else 8)
             asked = hidden[: 4 if name == "multi-query" else 1]
             rivals = hidden[len(asked) :]
-            depths = np.append(first, anywhere(len(hidden) - 1))
+            depths = np.append(following(len(asked)), anywhere(len(rivals)))
         elif name == "multi-value":
             key, *keys = self._draw(rng, 5, self._key)
             values = self._draw(rng, 8, self._value)
@@ -175,13 +176,15 @@ class Needles:
         return Example(np.concatenate([ids for ids, _ in parts]).astype(np.int64), answer, segment)
 
     def _draw(self, rng: np.random.Generator, count: int, make) -> list[str]:
-        """`count` different names of this split."""
+        """`count` different names of this split. Raises ValueError where the vocabulary has too few."""
         found: dict[str, None] = {}
-        while len(found) < count:
+        for _ in range(10_000):
+            if len(found) == count:
+                return list(found)
             name = make(rng)
             if held_out(name) == self.evaluation:
                 found[name] = None
-        return list(found)
+        raise ValueError(f"a needle example wants {count} names and this vocabulary makes {len(found)}: prepare the corpus with a larger --vocab-size")
 
     def _key(self, rng: np.random.Generator) -> str:
         first, second = rng.integers(len(self.words), size=2)

@@ -18,18 +18,37 @@ NEEDLES, QUESTIONS = 8, 4  # of an evaluation example, at every length
 TIMES = (0.5, 1, 2, 4, 8, 16)  # the trained length
 
 
-def open_checkpoint(path: Path, data: Path | None, device: torch.device) -> tuple[Transformer, Corpus]:
-    """The model in the folder `path` and a corpus to measure it on: `data`, else the one of its run, else the default.
+def open_checkpoints(paths: list[Path], data: Path | None, device: torch.device) -> dict[str, tuple[Transformer, Corpus]]:
+    """By path: the model in each folder, and the corpus to measure all of them on: `data`, else the runs' own, else the default.
 
-    Raises OSError or ValueError, the corpus having another tokenizer included.
+    Raises OSError or ValueError: a corpus with another tokenizer, or runs with different corpora, included.
     """
-    model, record = Transformer.from_pretrained(path, device), Path(path).absolute().parent / "run.json"
-    if data is None:
-        data = Path(json.loads(record.read_text())["recipe"]["data"]) if record.is_file() else DEFAULT_CORPUS
-    corpus = load_corpus(data)
-    if load_tokenizer(path).hash != corpus.tokenizer.hash:
-        raise ValueError(f"the checkpoint {path} and the corpus {data} have different tokenizers: give the checkpoint's own corpus with --data")
-    return model, corpus
+    opened = {str(path): (Transformer.from_pretrained(path, device), load_corpus(data or corpus_of(path))) for path in paths}
+    for path, (_, corpus) in opened.items():
+        if load_tokenizer(path).hash != corpus.tokenizer.hash:
+            raise ValueError(f"the checkpoint {path} and the corpus {corpus.folder} have different tokenizers: give the checkpoint's own corpus with --data")
+    if len({corpus.hash for _, corpus in opened.values()}) > 1:
+        raise ValueError(f"these runs have different corpora ({', '.join(sorted({str(corpus.folder) for _, corpus in opened.values()}))}): say with --data on which to measure them")
+    return opened
+
+
+def corpus_of(checkpoint: Path) -> Path:
+    """The corpus that the run of a checkpoint was trained on, the default where it is not recorded."""
+    record = Path(checkpoint).absolute().parent / "run.json"
+    try:
+        return Path(json.loads(record.read_text())["recipe"]["data"])
+    except FileNotFoundError:
+        return DEFAULT_CORPUS
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} is damaged ({error}): name the corpus with --data") from None
+
+
+def least_trained(opened: dict[str, tuple[Transformer, Corpus]], flag: str) -> int:
+    """The shortest trained length among the checkpoints, in tokens. Raises ValueError where one does not say it."""
+    for path, (model, _) in opened.items():
+        if model.config.trained_length is None:
+            raise ValueError(f"{path} does not say its trained length: give {flag}")
+    return min(model.config.trained_length for model, _ in opened.values())
 
 
 def mean_and_error(values) -> tuple[float, float]:

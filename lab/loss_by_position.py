@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from data.commandline import CommandLine, fail
 from data.corpus import Corpus
-from lab.evaluate import mean_and_error, open_checkpoint
+from lab.evaluate import least_trained, mean_and_error, open_checkpoints
 from lab.report import check_out, write
 from model import Transformer
 from train import choose_device
@@ -118,19 +118,17 @@ def main(argv: list[str] | None = None) -> None:
         device, _ = choose_device(args.device)
         if args.windows < 1:
             raise ValueError(f"--windows {args.windows} must be at least 1")
-        check_out(args.out)
-        opened = {str(path): open_checkpoint(path, args.data, device) for path in args.checkpoints}
-        trained = max(model.config.trained_length or 0 for model, _ in opened.values())
-        contexts = args.contexts or [TARGETS * 2**i for i in range(32) if TARGETS * 2**i <= 16 * trained]
-        if not contexts:
-            raise ValueError(f"{args.checkpoints[0]} does not say its trained length: give --contexts")
+        opened = open_checkpoints(args.checkpoints, args.data, device)
+        contexts = args.contexts or [TARGETS * 2**i for i in range(32) if TARGETS * 2**i <= 16 * least_trained(opened, "--contexts")]
+        contexts = sorted(set(contexts))
         if min(contexts) < TARGETS:
             raise ValueError(f"--contexts {min(contexts)} must be at least the {TARGETS} targets")
         for _, corpus in opened.values():
             windows(corpus.val, corpus.tokenizer.eot_token, max(contexts), args.windows)
+        check_out(args.out)
     except (ValueError, OSError) as error:
         fail(error)
-    points = [point for name, (model, corpus) in opened.items() for point in measure(model, corpus, name, sorted(contexts), args.windows)]
+    points = [point for name, (model, corpus) in opened.items() for point in measure(model, corpus, name, contexts, args.windows)]
     print(table(points))
     write(points, args.out, plot)
 

@@ -9,6 +9,7 @@ and, for several checkpoints, a comparison; writes OUT.csv and OUT.png.
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 
 from data.commandline import CommandLine, fail
 from data.needles import TASKS, Example, Needles
-from lab.evaluate import TIMES, mean_and_error, open_checkpoint
+from lab.evaluate import TIMES, least_trained, mean_and_error, open_checkpoints
 from lab.report import check_out, write
 from model import Transformer
 from train import choose_device
@@ -63,10 +64,15 @@ def score(model: Transformer, example: Example) -> tuple[float, float]:
     return float(np.mean(exact)), float(np.mean(likely))
 
 
+def cell_examples(needles: Needles, task: str, length: int, depth: float | None, count: int, seed: int) -> Iterator[Example]:
+    """The examples of a cell, the same for every checkpoint, others in every cell. Raises ValueError where one does not fit."""
+    cell = [seed, length] if depth is None else [seed, length, round(1000 * depth) + 1]
+    return (needles.task(task, np.random.default_rng([*cell, i]), length, depth) for i in range(count))
+
+
 def measure(model: Transformer, needles: Needles, name: str, task: str, length: int, depth: float | None, examples: int, seed: int) -> Cell:
-    """A cell; every checkpoint gets the same examples of it."""
-    made = [needles.task(task, np.random.default_rng([seed, length, i]), length, depth) for i in range(examples)]
-    exact, likely = zip(*(score(model, example) for example in made))
+    """A cell, scored."""
+    exact, likely = zip(*(score(model, example) for example in cell_examples(needles, task, length, depth, examples, seed)))
     return Cell(name, task, length, depth, examples, *mean_and_error(exact), *mean_and_error(likely))
 
 
@@ -74,7 +80,7 @@ def heat_map(cells: list[Cell]) -> str:
     """One checkpoint on one task: a row a depth, a column a length, exact match and likelihood in every cell."""
     lengths = sorted({cell.length for cell in cells})
     at = {(cell.depth, cell.length): cell for cell in cells}
-    lines = [f"{cells[0].checkpoint}, {cells[0].task}: exact / likelihood", "  depth " + "".join(f"{n:>16,}" for n in lengths)]
+    lines = [f"{cells[0].checkpoint}, {cells[0].task}: exact / likelihood by the depth of the needle asked first", "  depth " + "".join(f"{n:>16,}" for n in lengths)]
     for depth in dict.fromkeys(cell.depth for cell in cells):
         row = [at[depth, n] for n in lengths]
         shade = lambda x: SHADES[round(x * (len(SHADES) - 1))] * 2
@@ -136,19 +142,19 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--examples {args.examples} must be at least 1 and --seed {args.seed} at least 0")
         if not all(0 <= depth <= 1 for depth in args.depths):
             raise ValueError(f"--depths {' '.join(map(str, args.depths))}: a depth is between 0 (the beginning) and 1 (just before the question)")
-        check_out(args.out)
-        opened = {str(path): open_checkpoint(path, args.data, device) for path in args.checkpoints}
-        trained = max(model.config.trained_length or 0 for model, _ in opened.values())
-        if not trained and not args.lengths:
-            raise ValueError(f"{args.checkpoints[0]} does not say its trained length: give --lengths")
+        opened = open_checkpoints(args.checkpoints, args.data, device)
+        lengths = args.lengths or [int(times * least_trained(opened, "--lengths")) for times in TIMES]
+        tasks, lengths, depths = (list(dict.fromkeys(values)) for values in (args.task, lengths, args.depths))
         jobs = []
         for name, (model, corpus) in opened.items():
             needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
-            for task in args.task:
-                for length in args.lengths or [int(times * trained) for times in TIMES]:
-                    for depth in args.depths if task != "aggregation" else [None]:
-                        needles.task(task, np.random.default_rng(0), length, depth)  # raises where it does not fit
+            for task in tasks:
+                for length in lengths:
+                    for depth in depths if task != "aggregation" else [None]:
+                        for _ in cell_examples(needles, task, length, depth, args.examples, args.seed):
+                            pass  # raises where one does not fit
                         jobs.append((model, needles, name, task, length, depth))
+        check_out(args.out)
     except (ValueError, OSError) as error:
         fail(error)
     cells: list[Cell] = []
@@ -157,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\r{len(cells)} of {len(jobs)} cells", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     for name in opened:
-        for task in args.task:
+        for task in tasks:
             print(heat_map([cell for cell in cells if (cell.checkpoint, cell.task) == (name, task)]), end="\n\n")
     print(comparison(cells))
     write(cells, args.out, plot)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 
 def check_out(out: Path) -> None:
-    """FileNotFoundError where OUT.csv and OUT.png would have no folder to lie in."""
+    """OSError where OUT.csv cannot be written: before anything is measured, not after."""
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent} is no folder: --out begins with one that exists")
+    open(f"{out}.csv", "a").close()
 
 
 def write(rows: list, out: Path, plot) -> None:

@@ -1,11 +1,13 @@
 """Trainings that leave a record, so that nothing is trained twice: results/runs/<key>.json, small, to be committed.
 
-A record's key is a hash of everything that decides its numbers: the recipe's content, the flags, the run it starts from, the
-treatment of positions at evaluation, the corpus. Where the record is there, nothing runs; where a training was cut off, it goes on.
+A record's key is a hash of the recipe's content, the flags, the run it starts from, the treatment of positions at evaluation, the
+corpus, what is measured, and VERSION; not of machine, torch or code: whoever changes what a step or a needle is raises VERSION.
+Where the record is there, nothing runs; where a training was cut off, it goes on.
 """
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -21,8 +23,9 @@ from lab.needles import measure
 from model import Transformer
 
 HERE = Path(__file__).resolve().parent.parent
-RECORDS, WORK = HERE / "results" / "runs", HERE / "out" / "lab"
-TASKS = ("single", "multi-key")
+RECORDS, WORK = HERE / "results" / "runs", HERE / "out" / ".lab"  # out/* names what train.py made for its user
+VERSION = 1
+TASKS, TIMES = ("single", "multi-key"), (1, 2, 4, 8, 16)  # measured at so many times 512 tokens
 EXAMPLES = 24  # of each task at each length, at any depth: a standard error of .1 at the most
 
 
@@ -49,14 +52,25 @@ def _hash(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def finished(folder: Path) -> bool:
+    """Has the run in `folder` written its final entry? A log that a kill cut off has not."""
+    path = folder / "log.jsonl"
+    last = path.read_text().splitlines()[-1:] if path.exists() else []
+    try:
+        return bool(last and json.loads(last[0]).get("final"))
+    except ValueError:
+        return False
+
+
 def trained(plan: Plan, corpus: Corpus) -> Path:
     """The folder of the finished run, trained or continued now where it must be. Raises CalledProcessError when training fails."""
     folder = WORK / plan.key(corpus)
-    if (folder / "log.jsonl").exists() and any(entry.get("final") for entry in read_log(folder)):
+    if finished(folder):
         return folder
     if (folder / "last").exists():
         words = ["--resume", str(folder)]
     else:
+        shutil.rmtree(folder, ignore_errors=True)  # cut off before its first checkpoint
         words = [str(HERE / "recipes" / f"{plan.recipe}.toml"), "--out", str(folder), "--data", str(corpus.folder.resolve())]
         words += [word for name, value in plan.flags for word in (f"--{name}", value) if word]
         words += ["--init", str(trained(plan.init, corpus) / "last")] if plan.init else []
@@ -74,7 +88,7 @@ def record(plan: Plan, corpus: Corpus, treatment: dict | None = None) -> dict:
     run's own: multi-query at 0.5 to 16 times the trained length), needles (single and multi-key, one dict a length).
     """
     treatment = treatment or {}
-    path = RECORDS / f"{_hash([plan.key(corpus), treatment])}.json"
+    path = RECORDS / f"{_hash([VERSION, plan.key(corpus), treatment, EXAMPLES, TASKS, TIMES])}.json"
     if path.exists():
         return json.loads(path.read_text())
     folder = trained(plan, corpus)
@@ -83,7 +97,7 @@ def record(plan: Plan, corpus: Corpus, treatment: dict | None = None) -> dict:
     model = Transformer.from_pretrained(folder / "last")
     model.config = replace(model.config, **treatment)
     needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
-    cells = [measure(model, needles, "", task, 512 * times, None, EXAMPLES, seed=1) for task in TASKS for times in (1, 2, 4, 8, 16)]
+    cells = [measure(model, needles, "", task, 512 * times, None, EXAMPLES, seed=1) for task in TASKS for times in TIMES]
     made = {
         "plan": str(plan),
         "treatment": treatment,
@@ -98,7 +112,6 @@ def record(plan: Plan, corpus: Corpus, treatment: dict | None = None) -> dict:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(made, indent=1) + "\n")
     partial.replace(path)
-    torch.cuda.empty_cache()
     return made
 
 

@@ -44,6 +44,7 @@ def page(runs: list[dict], title: str) -> str:
         "",
         "Needles found on held-out text with held-out keys and values: exact match of whole answers, and its standard error, over "
         f"{first['final']['table'][0]['questions']} questions a length. Validation loss on plain text. Printed by `python -m lab.table RUN...` from the runs of these commands:",
+        "NoPE layers begin with queries half like their keys (model.py), RoPE layers do not: speeds of learning differ by that too.",
         "",
         "```sh",
         *[command(run) for run in runs],

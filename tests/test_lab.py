@@ -12,7 +12,7 @@ import torch
 
 from attention import visible_pairs
 from data.corpus import load_corpus
-from data.needles import BEGIN, CONTEXT, NEEDLE, QC, TASKS, Needles, held_out
+from data.needles import BEGIN, CONTEXT, NEEDLE, QC, TASKS, Line, Needles, held_out
 from lab import cost, curves, long_context, loss_by_position, needles, runs, table
 from model import ModelConfig, Transformer
 
@@ -131,6 +131,8 @@ def test_tasks_hide_what_they_ask(corpus_folder, task, depth):
             assert question.endswith(answer)
             assert wrong.shape == (7, (example.answer == 0).sum()) and len({text(ids) for ids in wrong}) == 7
             assert not {text(ids) for ids in wrong} & set(answers)  # never another right answer
+            rivals = {line.split()[-1] for line in hidden if "equals" not in line} - {answer.strip() for answer in answers}
+            assert {text(ids).strip() for ids in wrong[: len(rivals)]} == rivals  # the context's other values come first
         if task == "aggregation":
             counts = Counter(line.split()[-1] for line in hidden)
             assert counts.most_common(1)[0] == (answers[0].strip(), 5) and sorted(counts.values())[:-1] == [2] * 7
@@ -152,6 +154,8 @@ def test_tasks_hide_what_they_ask(corpus_folder, task, depth):
                 while value in facts:
                     (value,) = facts[value]
                 assert value == answer
+            order = [hidden.index(question) for question in asked if question in hidden]
+            assert order == sorted(order)  # asked in order of appearance
             assert len(facts) == {"single": 1, "variable-tracking": 12}.get(task, 8)
         if depth is not None:  # the nearest line's end: in code a line is rarely longer than 60 tokens
             first = next(line for line in hidden if line.endswith(answers[0]))
@@ -161,13 +165,27 @@ def test_tasks_hide_what_they_ask(corpus_folder, task, depth):
             assert abs(haystack[:place].sum() / haystack.sum() - depth) < 60 / haystack.sum()
 
 
-def test_a_value_of_another_length_is_no_candidate(corpus_folder):
+def test_candidates_have_the_right_number_of_tokens(corpus_folder):
+    """With values that are one to five tokens long, as where a vocabulary joins digits."""
+    whole = load_corpus(corpus_folder)
+    maker = Needles(whole.tokenizer, whole.val, evaluation=True)
+    spell = lambda text: np.array([ord(letter) for letter in text])
+    maker._line = lambda stem, answer: Line(spell(stem + answer.lstrip("0")), len(stem), len(stem + answer.lstrip("0")))
+    line, short, other = (maker._line("# a_b is", value) for value in ("12345", "00045", "54321"))
+    wrong = maker._wrong(np.random.default_rng(0), line, [line], [short, other], maker._value)
+    assert wrong.shape == (7, 5) and wrong[0].tolist() == spell("54321").tolist()
+
+
+def test_what_does_not_fit_is_named(corpus_folder):
     corpus = load_corpus(corpus_folder)
     maker = Needles(corpus.tokenizer, corpus.val, evaluation=True)
     with pytest.raises(ValueError, match="too short"):
         maker.task("multi-key", np.random.default_rng(0), 64)
     with pytest.raises(ValueError, match="'nonsense' is unknown"):
         maker.task("nonsense", np.random.default_rng(0), 512)
+    maker.words = [word for word in maker.words if not held_out(word)] + ["parser"]
+    with pytest.raises(ValueError, match="wants 8 names"):
+        maker.task("aggregation", np.random.default_rng(0), 512)
 
 
 @pytest.mark.parametrize("task", ["multi-value", "multi-query", "aggregation"])
@@ -199,7 +217,7 @@ def test_needles_command(corpus_folder, checkpoint, tmp_path, capsys):
     tasks = ["single", "aggregation"]
     needles.main([str(checkpoint), "--data", str(corpus_folder), "--task", *tasks, "--lengths", "200", "300", "--depths", "0", "1", "--examples", "2", "--out", str(tmp_path / "n")])
     text = capsys.readouterr().out
-    assert f"{checkpoint}, single: exact / likelihood" in text and text.count("\n   100%") == 1 and text.count("\n    any") == 1
+    assert f"{checkpoint}, single: exact / likelihood by the depth" in text and text.count("\n   100%") == 1 and text.count("\n    any") == 1
     rows = (tmp_path / "n.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 2 + 2 and rows[1].startswith(f"{checkpoint},single,200,0.0,2,")
     assert (tmp_path / "n.png").read_bytes()[:4] == b"\x89PNG"
@@ -242,6 +260,8 @@ def test_loss_by_position(corpus_folder, checkpoint, tmp_path, capsys):
         (needles.main, ["CHECKPOINT", "--depths", "2"], "--depths 2"),
         (needles.main, ["CHECKPOINT", "--task", "double"], "'double'"),
         (needles.main, ["CHECKPOINT", "--lengths", "20"], "20"),
+        (needles.main, ["CHECKPOINT", "--lengths", "110", "--depths", "0.5"], "110"),  # some examples fit
+        (needles.main, ["CHECKPOINT", "--lengths", "200", "--out", "/proc/x"], "/proc/x"),
         (needles.main, ["CHECKPOINT", "--examples", "0"], "--examples 0"),
         (needles.main, ["CHECKPOINT", "--data", "nowhere"], "nowhere"),
         (loss_by_position.main, ["CHECKPOINT", "--windows", "0"], "--windows 0"),
@@ -281,6 +301,11 @@ def test_trainings_start_and_go_on(corpus_folder, tmp_path, monkeypatch):
     (folder / "last").mkdir(parents=True)  # cut off after a checkpoint
     runs.trained(base, corpus)
     assert commands[1] == ["--resume", str(folder)]
+    for log in ("", '{"step": 1, "fin'):  # killed early, killed while writing
+        (folder / "log.jsonl").write_text(log)
+        runs.trained(base, corpus)
+    assert commands[2:] == commands[1:2] * 2
+    del commands[2:]
     (folder / "log.jsonl").write_text('{"step": 1, "final": true}\n')
     assert runs.trained(base, corpus) == folder and len(commands) == 2  # finished: nothing runs
     runs.trained(runs.Plan("extend-laptop", (), base), corpus)
@@ -296,6 +321,7 @@ def test_records_are_made_once_and_make_a_page(corpus_folder, checkpoint, tmp_pa
     monkeypatch.setattr(runs, "trained", lambda plan, _: asked.append(plan) or folder)
     plan = runs.Plan("laptop")
     made = runs.record(plan, corpus)
+    assert len(list((tmp_path / "records").iterdir())) == 1
     again = runs.record(plan, corpus)
     assert made == again and asked == [plan] and made["val_loss"] == 2.5 and len(made["needles"]) == 10
     scaled = runs.record(plan, corpus, {"length_scale": "swan"})
@@ -306,8 +332,9 @@ def test_records_are_made_once_and_make_a_page(corpus_folder, checkpoint, tmp_pa
         exact = {"0.003": 0.5, "0.006": 0.9, "0.01": 0.7}[flags.get("lr", "0.006")]
         if flags.get("pattern") == "RN":
             exact = 0.3 * int(flags.get("stretch", 1))
-        cells = [cell | {"exact": exact} for cell in made["needles"]]
-        return made | {"plan": str(plan), "needles": cells, "treatment": treatment or {}}
+        table = [score | {"exact": exact} for score in made["table"]]
+        cells = [cell | {"exact": 0.25} for cell in made["needles"]]  # what is reported decides nothing
+        return made | {"plan": str(plan), "needles": cells, "table": table, "treatment": treatment or {}}
 
     monkeypatch.setattr(long_context, "record", fake)
     monkeypatch.setattr(long_context, "load_corpus", lambda: corpus)
@@ -317,7 +344,7 @@ def test_records_are_made_once_and_make_a_page(corpus_folder, checkpoint, tmp_pa
     assert dict(plan.flags)["stretch"] == "3"
     long_context.main(["--out", str(tmp_path / "page")])
     text = (tmp_path / "page.md").read_text()
-    assert "| R | 0.90 ± 0.00" in text and "R, extended with YARN" in text and "## multi-key" in text and (tmp_path / "page.png").exists()
+    assert "| R | 0.25 ± 0.00" in text and "\n| RN | " in text and "\n| N | " in text and "R, extended with YARN" in text and "## multi-key" in text and (tmp_path / "page.png").exists()
     with pytest.raises(SystemExit):
         long_context.main(["--only", "Q"])
     assert "'Q' is unknown" in capsys.readouterr().err

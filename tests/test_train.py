@@ -550,6 +550,29 @@ def test_an_interrupt_ends_a_sample_with_a_line(run, tmp_path):
 
 # Recipes
 
+def documented_commands():
+    """(file, words) of every train.py line in the recipes' comments."""
+    for path in sorted((ROOT / "recipes").glob("*.toml")):
+        for line in path.read_text().splitlines():
+            if line.startswith("#     python train.py"):
+                yield pytest.param(path, line.split()[3:], id=f"{path.stem}: {' '.join(line.split()[3:])}")
+
+
+@pytest.mark.parametrize("path,words", list(documented_commands()))
+def test_what_recipes_say_to_run_is_accepted(path, words):
+    """From the checkpoint that the command names, whose pattern its folder's name tells."""
+    args = vars(recipes.command_line("").parse(words))
+    file, start = args.pop("recipe") or ROOT / "recipes" / "laptop.toml", args.pop("init", None)
+    base = None
+    if start is not None:
+        pattern = {"laptop-R-s1": "R", "laptop-r64r64r64N-s1": "rrrN", "drope-laptop-R-s1": "N"}[start.parent.name]
+        base = ModelConfig(pattern=pattern, window=64 if "r" in pattern else None, vocab_size=1024, trained_length=512)
+    flags = {key: value for key, value in args.items() if key not in ("out", "max_steps")}
+    made = recipes.build(recipes.read_toml(ROOT / file), flags, base, file.name)
+    assert base is None or made.model.pattern == flags.get("pattern", base.pattern)
+    assert made.stages()[-1].config.pattern == {"drope-laptop": "N", "convert-laptop": "rrrN"}.get(file.stem, made.model.pattern)
+
+
 SMALL = {"n_layer": 4, "n_head": 2, "n_kv_head": 1, "d_model": 32, "d_ff": 48}
 
 
