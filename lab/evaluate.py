@@ -16,6 +16,7 @@ from model import Transformer
 
 NEEDLES, QUESTIONS = 8, 4  # of an evaluation example, at every length
 TIMES = (0.5, 1, 2, 4, 8, 16)  # the trained length
+LONG = 8192  # tokens beyond which a table asks fewer questions: as many tokens, not as many examples
 
 
 def open_checkpoints(paths: list[Path], data: Path | None, device: torch.device) -> dict[str, tuple[Transformer, Corpus]]:
@@ -117,7 +118,8 @@ def needle_table(model: Transformer, needles: Needles, trained: int, questions: 
         if not fits(needles, length):
             print(f"{row}   left out: too {'long' if times > 1 else 'short'} for this corpus and these needles")
             continue
-        score = needle_score(model, held_out_examples(needles, length, -(-questions // QUESTIONS), NEEDLES, QUESTIONS))
+        count = -(-questions // QUESTIONS) if length <= LONG else -(-questions * LONG // (QUESTIONS * length))
+        score = needle_score(model, held_out_examples(needles, length, count, NEEDLES, QUESTIONS))
         print(f"{row}   exact {score.exact:.3f} +- {score.error:.3f}   digits {score.digits:.3f}   of {score.questions}", flush=True)
         scores.append(score)
     return scores
