@@ -101,7 +101,7 @@ def record(plan: Plan, corpus: Corpus, treatment: dict | None = None) -> dict:
     made = {
         "plan": str(plan),
         "treatment": treatment,
-        "recipe": run["recipe"],
+        "recipe": {key: value for key, value in run["recipe"].items() if key != "data"},  # a path; the hash says which corpus
         "corpus": run["corpus"],
         **{key: run[key] for key in ("python", "torch", "device", "threads")},
         "seconds": round(sum(entry.get("seconds", 0) for entry in entries), 1),
