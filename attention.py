@@ -93,8 +93,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """
     wide = x.float() if x.element_size() < 4 else x  # angles and products in float32 at least
     pairs = wide.view(x.shape[:-1] + (-1, 2))
-    if table.is_complex() or not torch.compiler.is_compiling():
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * (table if table.is_complex() else as_complex(table)))
+    if not table.is_complex() and not torch.compiler.is_compiling():
+        table = as_complex(table)
+    if table.is_complex():
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * table)
     else:  # the compiler has no complex numbers, and fuses these
         (a, b), (cos, sin) = pairs.unbind(-1), table.unsqueeze(1).unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)

@@ -19,18 +19,19 @@ TIMES = (0.5, 1, 2, 4, 8, 16)  # the trained length
 LONG = 8192  # tokens beyond which a table asks fewer questions: as many tokens, not as many examples
 
 
-def open_checkpoints(paths: list[Path], data: Path | None, device: torch.device) -> dict[str, tuple[Transformer, Corpus]]:
-    """By path: the model in each folder, and the corpus to measure all of them on: `data`, else the runs' own, else the default.
+def open_checkpoints(paths: list[Path], data: Path | None, device: torch.device) -> tuple[dict[str, Transformer], Corpus]:
+    """The model in each folder, by path, and the corpus to measure all of them on: `data`, else the runs' own, else the default.
 
     Raises OSError or ValueError: a corpus with another tokenizer, or runs with different corpora, included.
     """
-    opened = {str(path): (Transformer.from_pretrained(path, device), load_corpus(data or corpus_of(path))) for path in paths}
-    for path, (_, corpus) in opened.items():
-        if load_tokenizer(path).hash != corpus.tokenizer.hash:
-            raise ValueError(f"the checkpoint {path} and the corpus {corpus.folder} have different tokenizers: give the checkpoint's own corpus with --data")
-    if len({corpus.hash for _, corpus in opened.values()}) > 1:
-        raise ValueError(f"these runs have different corpora ({', '.join(sorted({str(corpus.folder) for _, corpus in opened.values()}))}): say with --data on which to measure them")
-    return opened
+    models = {str(path): Transformer.from_pretrained(path, device) for path in paths}
+    corpora = [load_corpus(folder) for folder in {data or corpus_of(path) for path in paths}]
+    if len({corpus.hash for corpus in corpora}) > 1:
+        raise ValueError(f"these runs have different corpora ({', '.join(sorted(str(corpus.folder) for corpus in corpora))}): say with --data on which to measure them")
+    for path in paths:
+        if load_tokenizer(path).hash != corpora[0].tokenizer.hash:
+            raise ValueError(f"the checkpoint {path} and the corpus {corpora[0].folder} have different tokenizers: give the checkpoint's own corpus with --data")
+    return models, corpora[0]
 
 
 def corpus_of(checkpoint: Path) -> Path:
@@ -44,12 +45,12 @@ def corpus_of(checkpoint: Path) -> Path:
         raise ValueError(f"{record} is damaged ({error}): name the corpus with --data") from None
 
 
-def least_trained(opened: dict[str, tuple[Transformer, Corpus]], flag: str) -> int:
-    """The shortest trained length among the checkpoints, in tokens. Raises ValueError where one does not say it."""
-    for path, (model, _) in opened.items():
+def least_trained(models: dict[str, Transformer], flag: str) -> int:
+    """The shortest trained length among the models, in tokens. Raises ValueError where one does not say it."""
+    for path, model in models.items():
         if model.config.trained_length is None:
             raise ValueError(f"{path} does not say its trained length: give {flag}")
-    return min(model.config.trained_length for model, _ in opened.values())
+    return min(model.config.trained_length for model in models.values())
 
 
 def mean_and_error(values) -> tuple[float, float]:

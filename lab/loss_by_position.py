@@ -7,7 +7,6 @@ Each window ends inside a document of the validation text that reaches back over
 the targets' own. Prints a table of nats per token; writes OUT.csv and OUT.png.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.commandline import CommandLine, fail
+from data.commandline import fail
 from data.corpus import Corpus
 from lab.evaluate import least_trained, mean_and_error, open_checkpoints
-from lab.report import check_out, write
+from lab.report import check_out, checkpoint_command, write
 from model import Transformer
 from train import choose_device
 
@@ -106,29 +105,24 @@ def plot(points: list[Point], out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = CommandLine(prog="python -m lab.loss_by_position", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
+    parser = checkpoint_command("loss_by_position", __doc__, "loss-by-position")
     parser.add_argument("--contexts", nargs="+", type=int, help="tokens (default: 128, 256, ... to 16 times the trained length)")
     parser.add_argument("--windows", type=int, default=100)
-    parser.add_argument("--data", type=Path, help="a corpus (default: the run's own)")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, default=Path("loss-by-position"), help="OUT.csv and OUT.png (default: loss-by-position)")
     try:
         args = parser.parse(argv)
         device, _ = choose_device(args.device)
         if args.windows < 1:
             raise ValueError(f"--windows {args.windows} must be at least 1")
-        opened = open_checkpoints(args.checkpoints, args.data, device)
-        contexts = args.contexts or [TARGETS * 2**i for i in range(32) if TARGETS * 2**i <= 16 * least_trained(opened, "--contexts")]
+        models, corpus = open_checkpoints(args.checkpoints, args.data, device)
+        contexts = args.contexts or [TARGETS * 2**i for i in range(32) if TARGETS * 2**i <= 16 * least_trained(models, "--contexts")]
         contexts = sorted(set(contexts))
         if min(contexts) < TARGETS:
             raise ValueError(f"--contexts {min(contexts)} must be at least the {TARGETS} targets")
-        for _, corpus in opened.values():
-            windows(corpus.val, corpus.tokenizer.eot_token, max(contexts), args.windows)
+        windows(corpus.val, corpus.tokenizer.eot_token, max(contexts), args.windows)
         check_out(args.out)
     except (ValueError, OSError) as error:
         fail(error)
-    points = [point for name, (model, corpus) in opened.items() for point in measure(model, corpus, name, contexts, args.windows)]
+    points = [point for name, model in models.items() for point in measure(model, corpus, name, contexts, args.windows)]
     print(table(points))
     write(points, args.out, plot)
 

@@ -7,7 +7,6 @@ The tasks are RULER's (2404.06654) in small: data/needles.py says what each hide
 and, for several checkpoints, a comparison; writes OUT.csv and OUT.png.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.commandline import CommandLine, fail
+from data.commandline import fail
 from data.needles import TASKS, Example, Needles
 from lab.evaluate import TIMES, least_trained, mean_and_error, open_checkpoints
-from lab.report import check_out, write
+from lab.report import check_out, checkpoint_command, write
 from model import Transformer
 from train import choose_device
 
@@ -125,16 +124,12 @@ def plot(cells: list[Cell], out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = CommandLine(prog="python -m lab.needles", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
+    parser = checkpoint_command("needles", __doc__, "needles")
     parser.add_argument("--task", nargs="+", default=["single", "multi-key"], help=f"of {', '.join(TASKS)} (default: single multi-key)")
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens (default: 0.5 to 16 times the trained length)")
     parser.add_argument("--depths", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1], help="0 is the beginning, 1 just before the question")
     parser.add_argument("--examples", type=int, default=8, help="in every cell (default: 8)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--data", type=Path, help="a corpus (default: the run's own)")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, default=Path("needles"), help="OUT.csv and OUT.png (default: needles)")
     try:
         args = parser.parse(argv)
         device, _ = choose_device(args.device)
@@ -142,27 +137,24 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--examples {args.examples} must be at least 1 and --seed {args.seed} at least 0")
         if not all(0 <= depth <= 1 for depth in args.depths):
             raise ValueError(f"--depths {' '.join(map(str, args.depths))}: a depth is between 0 (the beginning) and 1 (just before the question)")
-        opened = open_checkpoints(args.checkpoints, args.data, device)
-        lengths = args.lengths or [int(times * least_trained(opened, "--lengths")) for times in TIMES]
+        models, corpus = open_checkpoints(args.checkpoints, args.data, device)
+        lengths = args.lengths or [int(times * least_trained(models, "--lengths")) for times in TIMES]
         tasks, lengths, depths = (list(dict.fromkeys(values)) for values in (args.task, lengths, args.depths))
-        jobs = []
-        for name, (model, corpus) in opened.items():
-            needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
-            for task in tasks:
-                for length in lengths:
-                    for depth in depths if task != "aggregation" else [None]:
-                        for _ in cell_examples(needles, task, length, depth, args.examples, args.seed):
-                            pass  # raises where one does not fit
-                        jobs.append((model, needles, name, task, length, depth))
+        needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
+        wanted = [(task, length, depth) for task in tasks for length in lengths for depth in (depths if task != "aggregation" else [None])]
+        for cell in wanted:
+            for _ in cell_examples(needles, *cell, args.examples, args.seed):
+                pass  # raises where one does not fit
         check_out(args.out)
     except (ValueError, OSError) as error:
         fail(error)
     cells: list[Cell] = []
-    for job in jobs:
-        cells.append(measure(*job, args.examples, args.seed))
-        print(f"\r{len(cells)} of {len(jobs)} cells", end="", file=sys.stderr, flush=True)
+    for name, model in models.items():
+        for cell in wanted:
+            cells.append(measure(model, needles, name, *cell, args.examples, args.seed))
+            print(f"\r{len(cells)} of {len(models) * len(wanted)} cells", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    for name in opened:
+    for name in models:
         for task in tasks:
             print(heat_map([cell for cell in cells if (cell.checkpoint, cell.task) == (name, task)]), end="\n\n")
     print(comparison(cells))

@@ -1,8 +1,21 @@
-"""What the lab's commands share: where their files go."""
+"""What the lab's commands share: the flags of those that measure checkpoints, and where their files go."""
 
+import argparse
 import csv
 from dataclasses import asdict
 from pathlib import Path
+
+from data.commandline import CommandLine
+
+
+def checkpoint_command(name: str, description: str, out: str) -> CommandLine:
+    """A command over checkpoints: their folders, --data, --device and --out."""
+    parser = CommandLine(prog=f"python -m lab.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--data", type=Path, help="a corpus (default: the run's own)")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"OUT.csv and OUT.png (default: {out})")
+    return parser
 
 
 def check_out(out: Path) -> None:

@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 
 import recipe as recipes
 from data.corpus import Corpus

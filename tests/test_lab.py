@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import torch
 from attention import visible_pairs
 from data.corpus import load_corpus
 from data.needles import BEGIN, CONTEXT, NEEDLE, QC, TASKS, Line, Needles, held_out
-from lab import cost, curves, long_context, loss_by_position, needles, runs, table
+from data.tokenizer import load_tokenizer
+from lab import cost, curves, evaluate, long_context, loss_by_position, needles, runs, table
 from model import ModelConfig, Transformer
 
 SIZES = {"n_layer": 4, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 16, "vocab_size": 32, "window": 8}
@@ -348,3 +350,19 @@ def test_records_are_made_once_and_make_a_page(corpus_folder, checkpoint, tmp_pa
     with pytest.raises(SystemExit):
         long_context.main(["--only", "Q"])
     assert "'Q' is unknown" in capsys.readouterr().err
+
+
+def test_runs_of_different_corpora_are_not_compared(checkpoint, tmp_path, monkeypatch):
+    paths = []
+    for name in ("a", "b"):
+        paths.append(shutil.copytree(checkpoint, tmp_path / name / "last"))
+        (tmp_path / name / "run.json").write_text(json.dumps({"recipe": {"data": f"corpora/{name}"}}))
+    tokenizer = load_tokenizer(checkpoint)
+    monkeypatch.setattr(evaluate, "load_corpus", lambda folder: SimpleNamespace(folder=folder, hash=str(folder), tokenizer=tokenizer))
+    with pytest.raises(ValueError, match="different corpora .*corpora/a, corpora/b.*--data"):
+        evaluate.open_checkpoints(paths, None, torch.device("cpu"))
+    models, corpus = evaluate.open_checkpoints(paths, "c", torch.device("cpu"))
+    assert list(models) == [str(path) for path in paths] and corpus.folder == "c"
+    (tmp_path / "a" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="damaged.*--data"):
+        evaluate.open_checkpoints(paths, None, torch.device("cpu"))
