@@ -35,6 +35,7 @@ from attention import (
 )
 
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # elements (b t v) the loss makes at a time; on CPU what a cache holds
+MIMETIC = ("none", "nope", "all")  # layers whose queries begin half like their keys
 TABLES_AT_ONCE = 64  # positions whose rotary tables decoding makes together
 PREFILL_CHUNK = 512  # tokens of a prompt per forward, so that a long one never makes (t s) masks or (t v) logits
 
@@ -241,9 +242,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 class Transformer(nn.Module):
     """A decoder of `config.n_layer` blocks. How positions are treated is read from `self.config` at every forward, so
-    `model.config = replace(model.config, pattern=...)` changes it and touches no parameter."""
+    `model.config = replace(model.config, pattern=...)` changes it and touches no parameter. `mimetic`: see `_initialise`."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, mimetic: str = "nope"):
         super().__init__()
         self.config = config
         self.backend = "auto"  # the kernel of the windowed layers
@@ -256,14 +257,14 @@ class Transformer(nn.Module):
         self.norm = LayerNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self._initialise()
+        self._initialise(mimetic)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialise(self, mimetic: str) -> None:
         """Matrices at fan_in^-0.5, the two that write to the residual stream smaller by sqrt(2 n_layer), embeddings at 0.02.
 
         A NoPE layer's queries begin half as its keys, at the same size: it finds things by what they are, and like attending to like
-        is where that begins (mimetic initialisation, 2305.09828); without it retrieval appears later.
+        is where that begins (mimetic initialisation, 2305.09828). `mimetic` "none" leaves that out, "all" does it in RoPE layers too.
         """
         for name, p in self.named_parameters():
             if p.ndim == 2:
@@ -272,7 +273,7 @@ class Transformer(nn.Module):
                 p.div_((2 * self.config.n_layer) ** 0.5)
         self.embed_tokens.weight.normal_(std=0.02)
         for block, spec in zip(self.layers, layer_plan(self.config)):
-            if not spec.rope:
+            if mimetic == "all" or mimetic == "nope" and not spec.rope:
                 q, k = block.self_attn.q_proj.weight, block.self_attn.k_proj.weight
                 q.mul_(0.75**0.5).add_(repeat(k, "(k d) c -> (k g d) c", k=self.config.n_kv_head, g=self.config.n_head // self.config.n_kv_head), alpha=0.5)
 

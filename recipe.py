@@ -21,7 +21,7 @@ from pathlib import Path
 from attention import BACKENDS
 from data.commandline import CommandLine
 from data.corpus import DEFAULT_CORPUS
-from model import ModelConfig
+from model import MIMETIC, ModelConfig
 
 OVERRIDES = ("pattern", "window", "rope_theta", "rope_scaling", "rope_factor", "rope_original_length", "length_scale", "length_base")
 HELD = ("needle_share", "answer_weight", "lr", "warmup")  # fields of Recipe that a phase may set anew
@@ -66,18 +66,23 @@ class Recipe:
     clip: float = 1.0  # largest norm of the gradient
     eval_every: int = 50  # steps
     eval_tokens: int = 32768  # of validation text
+    eval_questions: int = 200  # of the final needle table, at each length; 0: no table
+    mimetic: str = "nope"  # layers whose queries begin half like their keys: none, nope, all
+    bf16: bool | None = None  # bfloat16 products; None: on CUDA where it has them natively
     recompute: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more time
 
     def __post_init__(self):
         if not self.phase:
             raise ValueError("the recipe has no [[phase]]: give at least one, with steps and lengths")
-        for name, low, strict in (("lr", 0, True), ("clip", 0, True), ("weight_decay", 0, False), ("answer_weight", 0, False), ("warmup", 0, False), ("seed", 0, False)):
+        for name, low, strict in (("lr", 0, True), ("clip", 0, True), ("weight_decay", 0, False), ("answer_weight", 0, False), ("warmup", 0, False), ("seed", 0, False), ("eval_questions", 0, False)):
             value = getattr(self, name)
             if not math.isfinite(value) or value < low or (strict and value == low):
                 raise ValueError(f"{name} {value} must be {'above' if strict else 'at least'} {low}")
         for name in ("stretch", "batch_tokens", "eval_every", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.mimetic not in MIMETIC:
+            raise ValueError(f"mimetic {self.mimetic!r} is unknown: use one of {', '.join(MIMETIC)}")
         for number, phase in enumerate(self.phase, 1):
             self._check(phase, f"phase {number}: ")
         self.stages()

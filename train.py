@@ -127,7 +127,7 @@ def read(argv: list[str] | None) -> Run:
     for key, least in (("max_steps", 0), ("micro_batch", 1)):
         if options.get(key, least) < least:
             raise ValueError(f"--{key.replace('_', '-')} {options[key]} must be at least {least}")
-    device, bf16 = choose_device(options.get("device"))
+    device, native_bf16 = choose_device(options.get("device"))
     model = None
     if resuming:
         out = options["resume"] or options.get("out") or HERE.joinpath("out", recipes.run_name(recipes.build(recipes.read_toml(path)), path.stem))
@@ -155,10 +155,11 @@ def read(argv: list[str] | None) -> Run:
         model = Transformer.from_pretrained(source, device)
     elif model is None:
         torch.manual_seed(recipe.seed)
-        model = Transformer(recipe.model).to(device)
+        model = Transformer(recipe.model, recipe.mimetic).to(device)
     model.config, model.backend, model.recompute = recipe.model, options.get("backend", "auto"), recipe.recompute
     run = Run(
-        recipe, name, out, corpus, needles, model.train(), make_optimizers(model, recipe), device, bf16,
+        recipe, name, out, corpus, needles, model.train(), make_optimizers(model, recipe), device,
+        native_bf16 if recipe.bf16 is None else recipe.bf16,
         options.get("compile", device.type == "cuda"), options.get("micro_batch", recipe.batch_tokens),
         min(options.get("max_steps", recipe.steps), recipe.steps),
     )  # fmt: skip
@@ -170,7 +171,7 @@ def read(argv: list[str] | None) -> Run:
 
 
 def choose_device(name: str | None) -> tuple[torch.device, bool]:
-    """The device, and whether it multiplies bfloat16 natively. Raises ValueError where there is no such device."""
+    """The device, and whether it is a GPU that multiplies bfloat16 natively. Raises ValueError where there is no such device."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -307,7 +308,7 @@ def update(run: Run, batch: Batch, loss_of, lr: float) -> tuple[float, float]:
 
 
 def autocast(run: Run):
-    """bfloat16 products where the device has them natively; float32 elsewhere."""
+    """bfloat16 products where the recipe says so or the GPU has them natively; float32 elsewhere."""
     return torch.autocast(run.device.type, torch.bfloat16) if run.bf16 else nullcontext()
 
 
@@ -389,7 +390,7 @@ def finish(run: Run, held_out: Needles | None, log: Log) -> None:
     trained = model.config.trained_length or run.recipe.stages()[-1].config.trained_length
     nats, bits = validation_loss(model, corpus, min(trained, len(corpus.val) - 1), run.recipe.eval_tokens)
     print(f"validation loss {nats:.4f} nats per token, {bits:.4f} bits per byte (step {run.step}, {trained:,} tokens of context)")
-    scores = needle_table(model, held_out, trained) if held_out else []
+    scores = needle_table(model, held_out, trained, run.recipe.eval_questions) if held_out and run.recipe.eval_questions else []
     log.write(step=run.step, final=True, val_loss=nats, val_bits_per_byte=bits, table=[asdict(score) for score in scores])
     prompt = torch.tensor([[corpus.tokenizer.eot_token, *corpus.tokenizer.encode_ordinary("def ")]], device=run.device)
     text = corpus.tokenizer.decode_bytes(model.generate(prompt, 48, stop=corpus.tokenizer.eot_token)[0, 1:].tolist())

@@ -4,9 +4,8 @@
     python -m lab.long_context --only R rrrN        these base patterns, and what starts from them
     python -m lab.long_context --rates 0.006        one learning rate instead of the best of three
 
-A base run trains by recipes/laptop.toml at each of the rates; the one that finds most needles in the run's own table
-at the trained length (then the lowest loss) is kept. Where it finds fewer than .8, the same is trained two and three times as long
-before anything is said about length. The rows' own needles are others. Every training and every row leaves a record in
+A base run trains by recipes/laptop.toml (Nrrr: swan-laptop.toml, of eight layers) at each of the rates; the one that finds most needles in the run's own table
+at the trained length (then the lowest loss) is kept. Where it finds fewer than .8, the same is trained three times as long before anything is said about length. The rows' own needles are others. Every training and every row leaves a record in
 results/runs (lab/runs.py).
 """
 
@@ -20,14 +19,15 @@ from lab.runs import HERE, TASKS, WORK, Plan, found, record
 from recipe import read_toml
 
 TRAINED, LENGTHS, LEARNED = 512, (512, 1024, 2048, 4096, 8192), 0.8
-BASES = {  # name -> flags
-    "R": (("pattern", "R"),),
-    "R QK-Norm": (("pattern", "R"), ("qk-norm", "")),
-    "N": (("pattern", "N"),),
-    "RN": (("pattern", "RN"),),
-    "rrrR": (("pattern", "rrrR"),),
-    "rrrN": (("pattern", "rrrN"),),
-    "Nrrr": (("pattern", "Nrrr"),),
+BASES = {  # name -> recipe, flags
+    "R": ("laptop", ("pattern", "R")),
+    "R QK-Norm": ("laptop", ("pattern", "R"), ("qk-norm", "")),
+    "N": ("laptop", ("pattern", "N")),
+    "RN": ("laptop", ("pattern", "RN")),
+    "rrrR": ("laptop", ("pattern", "rrrR")),
+    "rrrN": ("laptop", ("pattern", "rrrN")),
+    "Nrrr": ("swan-laptop",),
+    "rrrN SSMax": ("ssmax-laptop",),
 }
 RATES = (0.003, 0.006, 0.01)
 RECIPE = read_toml(HERE / "recipes" / "laptop.toml")
@@ -41,12 +41,13 @@ def at_trained_length(made: dict) -> float:
 def base(name: str, corpus: Corpus, rates: list[float]) -> tuple[Plan, dict]:
     """The base run of a pattern, chosen as the docstring above says, and its record."""
     made = []
-    for stretch in (1, 2, 3):
+    for stretch in (1, 3):
         tried = rates if stretch == 1 else [best_rate]
         for rate in tried:
             more = {"lr": rate} if rate != RECIPE["lr"] else {}
             more |= {"stretch": stretch} if stretch > 1 else {}
-            plan = Plan("laptop", BASES[name] + tuple((flag, str(value)) for flag, value in more.items()))
+            recipe, *flags = BASES[name]
+            plan = Plan(recipe, (*flags, *((flag, str(value)) for flag, value in more.items())))
             made.append((plan, record(plan, corpus), rate))
         plan, best, best_rate = max(made, key=lambda entry: (at_trained_length(entry[1]), -entry[1]["val_loss"]))
         if at_trained_length(best) >= LEARNED:
@@ -63,6 +64,12 @@ def rows(corpus: Corpus, names: list[str], rates: list[float]):
             yield row + star, entry
 
 
+def extension(recipe: str, plan: Plan) -> Plan:
+    """A short training by `recipe` that starts from the run of `plan`, without a table of its own: the rows' needles are asked anyway."""
+    layers = str(read_toml(HERE / "recipes" / f"{plan.recipe}.toml")["model"]["n_layer"])
+    return Plan(recipe, (("n-layer", layers), ("eval-questions", "0")), plan)
+
+
 def rows_from(name: str, plan: Plan, made: dict, corpus: Corpus):
     """Yield (name, record) of a base run and of what starts from it."""
     yield name, made
@@ -72,15 +79,17 @@ def rows_from(name: str, plan: Plan, made: dict, corpus: Corpus):
     if name == "N":
         yield "N, DroPE's scale", record(plan, corpus, {"length_scale": "drope"})
     recipe = "extend-laptop-rope" if rotates_everywhere else "extend-laptop"
-    yield f"{name}, extended" + (" with theta raised" if rotates_everywhere else ""), record(Plan(recipe, (), plan), corpus)
+    yield f"{name}, extended" + (" with theta raised" if rotates_everywhere else ""), record(extension(recipe, plan), corpus)
     if name == "rrrN":
-        yield "rrrN, Llama 4's scale", record(plan, corpus, {"length_scale": "llama4"})
+        yield "rrrN, Llama 4's scale at evaluation", record(plan, corpus, {"length_scale": "llama4"})
+        yield "rrrN, without the mimetic start", record(Plan("laptop", (*plan.flags, ("mimetic", "none"))), corpus)
     if name == "R":
+        yield "R, with the mimetic start", record(Plan("laptop", (*plan.flags, ("mimetic", "all"))), corpus)
         for scaling in ("pi", "ntk", "yarn"):
             treatment = {"rope_scaling": scaling, "rope_factor": 4.0} | ({"rope_original_length": TRAINED} if scaling == "yarn" else {})
             yield f"R, {scaling.upper()} at factor 4, untrained", record(plan, corpus, treatment)
-            yield f"R, extended with {scaling.upper()}", record(Plan(f"extend-laptop-{scaling}", (), plan), corpus)
-        yield "R converted to rrrN", record(Plan("convert-laptop", (), plan), corpus)
+            yield f"R, extended with {scaling.upper()}", record(extension(f"extend-laptop-{scaling}", plan), corpus)
+        yield "R converted to rrrN", record(extension("convert-laptop", plan), corpus)
         dropped = Plan("drope-laptop", tuple(flag for flag in plan.flags if flag[0] == "stretch"))  # at the recipe's own rates: its last phase sets one
         yield "R, dropped at the end (DroPE)", record(dropped, corpus)
         yield "R, dropped at the end, its scale", record(dropped, corpus, {"length_scale": "drope"})
