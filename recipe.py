@@ -263,7 +263,7 @@ def to_tables(recipe: Recipe) -> dict:
     """The recipe as the tables that `recipe.build` reads."""
     given = lambda table: {key: value for key, value in table.items() if value is not None}
     tables = asdict(recipe)
-    return tables | {"model": given(tables["model"]), "phase": [given(phase) for phase in tables["phase"]]}
+    return given(tables) | {"model": given(tables["model"]), "phase": [given(phase) for phase in tables["phase"]]}
 
 
 def command_line(description: str) -> CommandLine:

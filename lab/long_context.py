@@ -4,9 +4,10 @@
     python -m lab.long_context --only R rrrN        these base patterns, and what starts from them
     python -m lab.long_context --rates 0.006        one learning rate instead of the best of three
 
-A base run trains by recipes/laptop.toml (Nrrr: swan-laptop.toml, of eight layers) at each of the rates; the one that finds most needles in the run's own table
-at the trained length (then the lowest loss) is kept. Where it finds fewer than .8, the same is trained three times as long before anything is said about length. The rows' own needles are others. Every training and every row leaves a record in
-results/runs (lab/runs.py).
+A base run trains by recipes/laptop.toml (Nrrr: swan-laptop.toml, of eight layers) at each of the rates; the one that finds most
+needles in the run's own table at the trained length (then the lowest loss) is kept. Where it finds fewer than .8, the same is trained
+three times as long before anything is said about length. The rows' own needles are others. Every training and every row leaves a
+record in results/runs (lab/runs.py).
 """
 
 import argparse
@@ -14,11 +15,10 @@ import subprocess
 from pathlib import Path
 
 from data.commandline import CommandLine, fail
-from data.corpus import Corpus, load_corpus
-from lab.runs import HERE, TASKS, WORK, Plan, found, record
-from recipe import read_toml
+from data.corpus import Corpus
+from lab.runs import HERE, LEARNED, RATES, TASKS, WORK, Plan, best, default_corpus, extension, found, has_learned, record
 
-TRAINED, LENGTHS, LEARNED = 512, (512, 1024, 2048, 4096, 8192), 0.8
+TRAINED, LENGTHS = 512, (512, 1024, 2048, 4096, 8192)
 BASES = {  # name -> recipe, flags
     "R": ("laptop", ("pattern", "R")),
     "R QK-Norm": ("laptop", ("pattern", "R"), ("qk-norm", "")),
@@ -29,50 +29,21 @@ BASES = {  # name -> recipe, flags
     "Nrrr": ("swan-laptop",),
     "rrrN SSMax": ("ssmax-laptop",),
 }
-RATES = (0.003, 0.006, 0.01)
-RECIPE = read_toml(HERE / "recipes" / "laptop.toml")
-
-
-def at_trained_length(made: dict) -> float:
-    """Exact match in the run's own table (multi-query, 200 questions): what runs are chosen by, so that the rows' needles stay unseen."""
-    return next(score["exact"] for score in made["table"] if score["length"] == TRAINED)
-
-
-def base(name: str, corpus: Corpus, rates: list[float]) -> tuple[Plan, dict]:
-    """The base run of a pattern, chosen as the docstring above says, and its record."""
-    made = []
-    for stretch in (1, 3):
-        tried = rates if stretch == 1 else [best_rate]
-        for rate in tried:
-            more = {"lr": rate} if rate != RECIPE["lr"] else {}
-            more |= {"stretch": stretch} if stretch > 1 else {}
-            recipe, *flags = BASES[name]
-            plan = Plan(recipe, (*flags, *((flag, str(value)) for flag, value in more.items())))
-            made.append((plan, record(plan, corpus), rate))
-        plan, best, best_rate = max(made, key=lambda entry: (at_trained_length(entry[1]), -entry[1]["val_loss"]))
-        if at_trained_length(best) >= LEARNED:
-            break
-    return plan, best
 
 
 def rows(corpus: Corpus, names: list[str], rates: list[float]):
     """Yield (name, record) of every row, as they are made."""
     for name in names:
-        plan, made = base(name, corpus, rates)
-        star = "" if at_trained_length(made) >= LEARNED else " *"
-        for row, entry in rows_from(name, plan, made, corpus):
+        recipe, *flags = BASES[name]
+        plan, made = best(recipe, tuple(flags), corpus, rates)
+        star = "" if has_learned(made, TRAINED) else " *"
+        for row, entry in rows_from(name, plan, corpus):
             yield row + star, entry
 
 
-def extension(recipe: str, plan: Plan) -> Plan:
-    """A short training by `recipe` that starts from the run of `plan`, without a table of its own: the rows' needles are asked anyway."""
-    layers = str(read_toml(HERE / "recipes" / f"{plan.recipe}.toml")["model"]["n_layer"])
-    return Plan(recipe, (("n-layer", layers), ("eval-questions", "0")), plan)
-
-
-def rows_from(name: str, plan: Plan, made: dict, corpus: Corpus):
+def rows_from(name: str, plan: Plan, corpus: Corpus):
     """Yield (name, record) of a base run and of what starts from it."""
-    yield name, made
+    yield name, record(plan, corpus)
     rotates_everywhere = name in ("R", "R QK-Norm")
     if name == "Nrrr":
         yield "Nrrr, SWAN's scale", record(plan, corpus, {"length_scale": "swan"})
@@ -155,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--rates {rate} is not between 0 and 1")
         if not args.out.parent.is_dir():
             raise FileNotFoundError(f"{args.out.parent} is no folder: --out begins with one that exists")
-        corpus = load_corpus()
+        corpus = default_corpus()
     except (ValueError, OSError) as error:
         fail(error)
     made = []

@@ -25,11 +25,16 @@ def check_out(out: Path) -> None:
     open(f"{out}.csv", "a").close()
 
 
-def write(rows: list, out: Path, plot) -> None:
-    """OUT.csv, a line for each of `rows` (dataclasses of one kind), and OUT.png, drawn by plot(rows, path)."""
-    with open(f"{out}.csv", "w", newline="") as file:
+def write_rows(rows: list, path: Path) -> None:
+    """A CSV with a line for each of `rows`, dataclasses of one kind."""
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+def write(rows: list, out: Path, plot) -> None:
+    """OUT.csv, a line for each of `rows`, and OUT.png, drawn by plot(rows, path)."""
+    write_rows(rows, Path(f"{out}.csv"))
     plot(rows, Path(f"{out}.png"))
     print(f"written to {out}.csv and {out}.png")

@@ -296,10 +296,14 @@ def test_trainings_start_and_go_on(corpus_folder, tmp_path, monkeypatch):
     corpus, commands = load_corpus(corpus_folder), []
     monkeypatch.setattr(runs, "WORK", tmp_path)
     monkeypatch.setattr(runs.subprocess, "run", lambda words, **_: commands.append(words[2:]))
+    monkeypatch.setattr(runs, "multiplies_bfloat16", lambda: False)
     base = runs.Plan("laptop", (("pattern", "R"), ("qk-norm", "")))
     folder = runs.trained(base, corpus)
     recipe = str(runs.HERE / "recipes" / "laptop.toml")
     assert commands == [[recipe, "--out", str(folder), "--data", str(corpus_folder), "--pattern", "R", "--qk-norm"]]
+    monkeypatch.setattr(runs, "multiplies_bfloat16", lambda: True)
+    runs.trained(base, corpus)  # started anew: it had not come to a checkpoint
+    assert commands.pop() == [*commands[0], "--bf16"]
     (folder / "last").mkdir(parents=True)  # cut off after a checkpoint
     runs.trained(base, corpus)
     assert commands[1] == ["--resume", str(folder)]
@@ -319,6 +323,7 @@ def test_records_are_made_once_and_make_a_page(corpus_folder, checkpoint, tmp_pa
     write_run(folder, "rrrN", 0.95)
     shutil.copytree(checkpoint, folder / "last")
     monkeypatch.setattr(runs, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(runs, "WORK", tmp_path / "work")
     monkeypatch.setattr(runs, "EXAMPLES", 2)
     monkeypatch.setattr(runs, "trained", lambda plan, _: asked.append(plan) or folder)
     plan = runs.Plan("laptop")
@@ -329,7 +334,9 @@ def test_records_are_made_once_and_make_a_page(corpus_folder, checkpoint, tmp_pa
     scaled = runs.record(plan, corpus, {"length_scale": "swan"})
     assert scaled["treatment"] == {"length_scale": "swan"} and len(list((tmp_path / "records").iterdir())) == 2 and "val_loss" not in scaled
 
-    def fake(plan, corpus, treatment=None):  # rates differ at the trained length; RN learns only when trained three times as long
+    assert runs.record(plan, corpus, what="run") == made and len(asked) == 2  # the needle record says that too
+
+    def fake(plan, corpus, treatment=None, **_):  # rates differ at the trained length; RN learns only when trained three times as long
         flags = dict(plan.flags)
         exact = {"0.003": 0.5, "0.006": 0.9, "0.01": 0.7}[flags.get("lr", "0.006")]
         if flags.get("pattern") == "RN":
@@ -338,11 +345,12 @@ def test_records_are_made_once_and_make_a_page(corpus_folder, checkpoint, tmp_pa
         cells = [cell | {"exact": 0.25} for cell in made["needles"]]  # what is reported decides nothing
         return made | {"plan": str(plan), "needles": cells, "table": table, "treatment": treatment or {}}
 
-    monkeypatch.setattr(long_context, "record", fake)
-    monkeypatch.setattr(long_context, "load_corpus", lambda: corpus)
-    plan, entry = long_context.base("R", corpus, long_context.RATES)
-    assert dict(plan.flags) == {"pattern": "R"}  # .006, the recipe's own
-    plan, entry = long_context.base("RN", corpus, long_context.RATES)
+    for module in (runs, long_context):
+        monkeypatch.setattr(module, "record", fake)
+    monkeypatch.setattr(long_context, "default_corpus", lambda: corpus)
+    plan, entry = runs.best("laptop", (("pattern", "R"),), corpus)
+    assert dict(plan.flags) == {"pattern": "R"} and runs.has_learned(entry, 512)  # .006, the recipe's own
+    plan, entry = runs.best("laptop", (("pattern", "RN"),), corpus)
     assert dict(plan.flags)["stretch"] == "3"
     long_context.main(["--out", str(tmp_path / "page")])
     text = (tmp_path / "page.md").read_text()
