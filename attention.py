@@ -284,6 +284,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = F
     if q.shape[2] == 1:  # decoding: the queries of a group become the rows of one product with their shared keys
         b, h, _, d = q.shape
         return F.scaled_dot_product_attention(q.reshape(b, h // group, group, d), k, v, mask).reshape(b, h, 1, -1)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:  # PyTorch's backward pass takes three times as long in bfloat16 there
+        with torch.autocast("cpu", enabled=False):
+            return _sdpa(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
     if mask is not None and q.is_cuda and group > 1:  # CUDA's masked kernels do not group: PyTorch would write out (t s)
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])

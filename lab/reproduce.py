@@ -454,7 +454,7 @@ def variants(lab: Lab) -> str:
     ]
     for name, (chosen, _) in lab.chosen.items():
         plans = lab.base(name)
-        tables = " ".join(f"{at_trained_length(lab.record(plan, what="run"), lab.scale.trained):.2f}" for plan in plans)
+        tables = " ".join(f"{at_trained_length(lab.record(plan, what='run'), lab.scale.trained):.2f}" for plan in plans)
         stretch = " ".join(dict(plan.flags).get("stretch", "1") for plan in plans)
         cells = [shown(lab.needles(plans, n)) for n in lengths]
         lines.append(f"| {name} | {rate_of(chosen)} | {stretch} | {tables} | {shown(lab.loss(name))} | " + " | ".join(cells) + " |")

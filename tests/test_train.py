@@ -565,7 +565,7 @@ def test_what_recipes_say_to_run_is_accepted(path, words):
     file, start = args.pop("recipe") or ROOT / "recipes" / "laptop.toml", args.pop("init", None)
     base = None
     if start is not None:
-        pattern = {"laptop-R-s1": "R", "laptop-r64r64r64N-s1": "rrrN", "drope-laptop-R-s1": "N"}[start.parent.name]
+        pattern = {"laptop-R-s1": "R", "laptop-r64r64r64N-s1": "rrrN", "drope-laptop-R-s1": "N", "swan-laptop-Nr64r64r64-s1": "Nrrr"}[start.parent.name]
         base = ModelConfig(pattern=pattern, window=64 if "r" in pattern else None, vocab_size=1024, trained_length=512)
     flags = {key: value for key, value in args.items() if key not in ("out", "max_steps")}
     made = recipes.build(recipes.read_toml(ROOT / file), flags, base, file.name)
