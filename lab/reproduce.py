@@ -30,6 +30,7 @@ from lab.runs import HERE, LEARNED, RATES, TASKS, TIMES, WORK, Plan, at_rate, at
 from model import ModelConfig, Transformer, layer_plan
 from recipe import read_toml
 
+RESULTS = HERE / "results"
 MARGIN = 0.02  # of "no worse"
 VARIANTS = {  # name -> flags; those of eight layers take rrrN's learning rate
     "R": (("pattern", "R"),),
@@ -511,7 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(error)
     lab, results = Lab(scale, corpus, list(range(1, args.seeds + 1)), args.rates), {}
-    folder, only = HERE / "results" / f"reproduce-{args.scale}", sorted(set(args.only))
+    folder, only = RESULTS / f"reproduce-{args.scale}", sorted(set(args.only))
     suffix = "" if only == list(CLAIMS) else "-" + "-".join(map(str, only))
     folder.mkdir(parents=True, exist_ok=True)
     try:
