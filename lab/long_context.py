@@ -27,7 +27,6 @@ BASES = {  # name -> recipe, flags
     "rrrR": ("laptop", ("pattern", "rrrR")),
     "rrrN": ("laptop", ("pattern", "rrrN")),
     "Nrrr": ("swan-laptop",),
-    "rrrN SSMax": ("ssmax-laptop",),
 }
 
 
@@ -53,9 +52,9 @@ def rows_from(name: str, plan: Plan, corpus: Corpus):
     yield f"{name}, extended" + (" with theta raised" if rotates_everywhere else ""), record(extension(recipe, plan), corpus)
     if name == "rrrN":
         yield "rrrN, Llama 4's scale at evaluation", record(plan, corpus, {"length_scale": "llama4"})
+        yield "rrrN, trained with scalable softmax", record(Plan("ssmax-laptop", tuple(flag for flag in plan.flags if flag[0] != "pattern")), corpus)
         yield "rrrN, without the mimetic start", record(Plan("laptop", (*plan.flags, ("mimetic", "none"))), corpus)
     if name == "R":
-        yield "R, with the mimetic start", record(Plan("laptop", (*plan.flags, ("mimetic", "all"))), corpus)
         for scaling in ("pi", "ntk", "yarn"):
             treatment = {"rope_scaling": scaling, "rope_factor": 4.0} | ({"rope_original_length": TRAINED} if scaling == "yarn" else {})
             yield f"R, {scaling.upper()} at factor 4, untrained", record(plan, corpus, treatment)

@@ -157,8 +157,8 @@ def made_up(plan, corpus, treatment, what, trained_at):
     """A record of numbers that depend on the run alone: N learns only in three times the steps, RoPE alone forgets with the length."""
     flags, deep = dict(plan.flags), plan.init is not None
     pattern = dict(plan.init.flags if deep else plan.flags)["pattern"]
-    level = {"R": 0.9, "RN": 0.6, "N": 0.4}.get(pattern, 0.9)
-    learned = 0.9 if pattern != "N" or flags.get("stretch") == "3" else 0.1
+    learned = 0.9 if pattern != "N" or "3" in (flags.get("stretch"), dict(plan.init.flags if deep else ()).get("stretch")) else 0.1
+    level = {"RN": 0.6, "N": 0.4}.get(pattern, 0.9) if deep else learned
     return {
         "plan": str(plan),
         "treatment": treatment,

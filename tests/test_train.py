@@ -5,6 +5,7 @@ The errors run as subprocesses would be slow (torch imports); `command` runs a m
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -565,8 +566,10 @@ def test_what_recipes_say_to_run_is_accepted(path, words):
     file, start = args.pop("recipe") or ROOT / "recipes" / "laptop.toml", args.pop("init", None)
     base = None
     if start is not None:
-        pattern = {"laptop-R-s1": "R", "laptop-r64r64r64N-s1": "rrrN", "drope-laptop-R-s1": "N", "swan-laptop-Nr64r64r64-s1": "Nrrr"}[start.parent.name]
-        base = ModelConfig(pattern=pattern, window=64 if "r" in pattern else None, vocab_size=1024, trained_length=512)
+        pattern = {"drope-laptop-R-s1": "N", "swan-laptop-Nr64r64r64-s1": "Nrrr"}.get(start.parent.name) or ("rrrN" if start.parent.name.endswith("N-s1") else "R")
+        shape = {key: value for key, value in recipes.read_toml(ROOT / file)["model"].items() if key in SMALL}
+        window = re.search(r"r(\d+)", start.parent.name)
+        base = ModelConfig(**shape, pattern=pattern, window=int(window[1]) if window else None, vocab_size=1024, trained_length=512)
     flags = {key: value for key, value in args.items() if key not in ("out", "max_steps")}
     made = recipes.build(recipes.read_toml(ROOT / file), flags, base, file.name)
     assert base is None or made.model.pattern == flags.get("pattern", base.pattern)
@@ -583,7 +586,7 @@ def test_every_recipe_trains_in_miniature(path, corpus_folder, tmp_path, monkeyp
     full = recipes.build(tables, name=path.name)
     with torch.device("meta"):
         Transformer(full.model)
-    pattern = {"extend-laptop-rope": "R", "extend-laptop-pi": "R", "extend-laptop-ntk": "R", "extend-laptop-yarn": "R", "convert-laptop": "R"}.get(path.stem)
+    pattern = {"extend-laptop-rope": "R", "extend-laptop-pi": "R", "extend-laptop-ntk": "R", "extend-laptop-yarn": "R", "convert-laptop": "R", "extend-gpu-rope": "R"}.get(path.stem)
     tables["model"] |= SMALL | ({"window": 16} if "window" in tables["model"] else {}) | ({"pattern": pattern} if pattern else {})
     tables |= {"batch_tokens": 512, "eval_tokens": 512, "needle_share": 0.5 * tables.get("needle_share", 0), "data": str(corpus_folder)}
     for phase in tables["phase"]:
