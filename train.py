@@ -103,14 +103,14 @@ def make_optimizers(model: Transformer, recipe: Recipe) -> list[torch.optim.Opti
 # were counted over all of it, so the ranks' losses and gradients add up. Rank 0 alone prints, evaluates and writes.
 
 RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))  # as torchrun says
-INTERRUPTS: list[int] = []  # signals that the ranks have yet to tell each other of
+INTERRUPTS: list[int] = []  # Ctrl-C during the steps, which the ranks tell each other of, for one that stops alone leaves others waiting
 
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
     """Rank 0 passes the block before the others, which leave in silence where it fails: it has said why."""
     passed = [False]
-    if RANKS > 1:  # they wait for each other as long as it takes, for one prepares the corpus, evaluates and saves
+    if RANKS > 1:  # they wait for rank 0 as long as it takes: it prepares the corpus, evaluates and saves
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
     if RANK > 0:
         dist.broadcast_object_list(passed)
@@ -134,20 +134,19 @@ class Loss(nn.Module):
 
 
 def parallel(loss: Loss) -> nn.Module:
-    """The loss whose gradients are the mean over the ranks', once they have one each."""
-    torch._dynamo.config.optimize_ddp = False  # it splits graphs, and can split neither FlexAttention nor recomputation
-    signal.signal(signal.SIGINT, lambda number, _: INTERRUPTS.append(number))
-    sometimes_idle = loss.model.layers[0].self_attn.s_scale is not None  # ssmax's, which only full NoPE layers use
-    return DistributedDataParallel(loss, find_unused_parameters=sometimes_idle)
+    """The loss of a rank's rows, whose gradients become the mean of all ranks'."""
+    torch._dynamo.config.optimize_ddp = False  # one graph, as in one process: splitting it has failed at FlexAttention and checkpointing (pytorch#137481, #104674)
+    idle = loss.model.layers[0].self_attn.s_scale is not None  # ssmax's scales get no gradient but in full NoPE layers
+    return DistributedDataParallel(loss, find_unused_parameters=idle)
 
 
 def add_up(value: Tensor) -> float:
-    """The sum over the ranks of a scalar. KeyboardInterrupt in all of them where one was interrupted, so that none waits for it."""
+    """The sum over the ranks of a scalar. KeyboardInterrupt in all of them where one was interrupted."""
     if RANKS == 1:
         return value.item()
-    both = torch.stack([value, torch.full_like(value, len(INTERRUPTS))])
-    dist.all_reduce(both)
-    total, interrupts = both.tolist()
+    sums = torch.stack([value, torch.full_like(value, len(INTERRUPTS))])
+    dist.all_reduce(sums)
+    total, interrupts = sums.tolist()
     if interrupts:
         raise KeyboardInterrupt
     return total
@@ -307,7 +306,10 @@ def train(run: Run) -> None:
     if RANK == 0:
         announce(run, stages)
     held_out = Needles(corpus.tokenizer, corpus.val, evaluation=True) if run.needles else None
-    loss = parallel(Loss(model, run.compile)) if RANKS > 1 else Loss(model, run.compile)
+    loss = Loss(model, run.compile)
+    if RANKS > 1:
+        loss = parallel(loss)
+        signal.signal(signal.SIGINT, lambda number, _: INTERRUPTS.append(number))
     log = Log(run.out / "log.jsonl" if RANK == 0 else Path(os.devnull), run.step)
     if RANK == 0 and run.step == 0 and run.max_steps > 0:
         save(run)  # so that there is something to resume from the first moment
@@ -347,7 +349,7 @@ def train(run: Run) -> None:
     bar.close()
     if run.step:
         model.config = stage_at(stages, run.step - 1).config
-    if RANKS > 1:  # from here on each may be interrupted alone
+    if RANKS > 1:  # nobody waits for the others any more
         signal.signal(signal.SIGINT, signal.SIG_DFL if RANK > 0 else signal.default_int_handler)
     if RANK == 0:
         finish(run, held_out, log)
