@@ -6,6 +6,7 @@ torchrun starts real processes over gloo, some seconds each, so that every launc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -116,7 +117,7 @@ def test_sequences_that_do_not_divide_among_the_processes(words, monkeypatch):
     "text,flags,said",
     [
         (RECIPE, ["--patern", "R"], "error: unknown flag --patern; did you mean --pattern?"),
-        (RECIPE.replace("window = 16", "window = 16\nnorm_eps = 1e-45").replace("lr = 0.002", "lr = 1e30"), ["--out", "x"], "error: step 7: the loss is "),
+        (RECIPE.replace("lr = 0.002", "lr = 1e30"), ["--out", "x"], "error: step 7: the loss is "),
     ],
 )
 def test_an_error_of_all_is_said_once(words, text, flags, said):
@@ -131,16 +132,20 @@ def test_an_error_of_all_is_said_once(words, text, flags, said):
         assert not Path("out").exists()
 
 
-def test_an_interrupt_stops_all_after_the_same_step(words):
-    """Ctrl-C reaches torchrun and every process at once. Whichever hears it first, none is left waiting for another."""
-    process = subprocess.Popen([*TORCHRUN, *words(RECIPE.replace("steps = 6", "steps = 100_000"), "--out", "x")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def test_an_interrupt_of_one_stops_all_after_the_same_step(words):
+    """The processes as torchrun starts them, of which only the second hears of it: none is left waiting for the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "train.py"), *words(RECIPE.replace("steps = 6", "steps = 100_000"), "--out", "x")]
+    place = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [subprocess.Popen(command, env=place | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in "01"]
     deadline = time.time() + 60
     while not (Path("x/log.jsonl").exists() and len(steps("x")) > 3) and time.time() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
-    said = [line for line in err.splitlines() if "error:" in line or "interrupted" in line]
-    assert said == [f"error: interrupted after step {len(steps('x'))}: go on with --resume x"], err
-    assert err.count("Traceback") == 1 and "SignalException" in err  # torchrun's own
+    ranks[1].send_signal(signal.SIGINT)
+    (_, said), (out, err) = (rank.communicate(timeout=60) for rank in ranks)
+    assert said == f"error: interrupted after step {len(steps('x'))}: go on with --resume x\n"
+    assert out == err == "" and [rank.returncode for rank in ranks] == [2, 0]
     assert not list(Path("x").glob("*.partial"))
     Transformer.from_pretrained("x/last")
