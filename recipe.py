@@ -275,7 +275,7 @@ def command_line(description: str) -> CommandLine:
     parser.add_argument("--resume", nargs="?", type=Path, const=None, metavar="RUN", help="continue the run in this folder", **unset)
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights", **unset)
     parser.add_argument("--max-steps", type=int, help="stop after so many steps, the schedule unchanged; 0 only evaluates", **unset)
-    parser.add_argument("--micro-batch", type=int, help="tokens per forward, at least one sequence (default: the whole batch)", **unset)
+    parser.add_argument("--micro-batch", type=int, help="tokens per forward and process, at least one sequence (default: all that there are)", **unset)
     parser.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one, else cpu; mps is untested)", **unset)
     parser.add_argument("--backend", choices=BACKENDS, help="the windowed layers' kernel (default: auto)", **unset)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)", **unset)

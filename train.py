@@ -5,21 +5,28 @@
     python train.py my.toml --data corpora/mine       another recipe, another corpus
     python train.py --resume out/laptop-R-s1          go on where a run stopped
     python train.py --init CHECKPOINT --max-steps 0   only evaluate
+    torchrun --nproc-per-node 2 train.py              the same on two GPUs, or in two processes on CPU
 """
 
 import json
 import math
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
@@ -92,6 +99,65 @@ def make_optimizers(model: Transformer, recipe: Recipe) -> list[torch.optim.Opti
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Data parallel: every process reads the same input and makes the same batches, and takes its rows of each. A batch's weights
+# were counted over all of it, so the ranks' losses and gradients add up. Rank 0 alone prints, evaluates and writes.
+
+RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))  # as torchrun says
+INTERRUPTS: list[int] = []  # Ctrl-C during the steps, which the ranks tell each other of, for one that stops alone leaves others waiting
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 passes the block before the others, which leave in silence where it fails: it has said why."""
+    passed = [False]
+    if RANKS > 1:  # they wait for rank 0 as long as it takes: it prepares the corpus, evaluates and saves
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+    if RANK > 0:
+        dist.broadcast_object_list(passed)
+        if not passed[0]:
+            sys.exit()
+    try:
+        yield
+        passed = [True]
+    finally:
+        if RANK == 0 and RANKS > 1:
+            dist.broadcast_object_list(passed)
+
+
+class Loss(nn.Module):
+    """`model.loss` as a module's forward, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: Transformer, compiled: bool):
+        super().__init__()
+        self.model = model
+        self.forward = torch.compile(model.loss) if compiled else model.loss
+
+
+def parallel(loss: Loss) -> nn.Module:
+    """The loss of a rank's rows, whose gradients become the mean of all ranks'."""
+    torch._dynamo.config.optimize_ddp = False  # one graph, as in one process: splitting it has failed at FlexAttention and checkpointing (pytorch#137481, #104674)
+    idle = loss.model.layers[0].self_attn.s_scale is not None  # ssmax's scales get no gradient but in full NoPE layers
+    return DistributedDataParallel(loss, find_unused_parameters=idle)
+
+
+def add_up(value: Tensor) -> float:
+    """The sum over the ranks of a scalar. KeyboardInterrupt in all of them where one was interrupted."""
+    if RANKS == 1:
+        return value.item()
+    sums = torch.stack([value, torch.full_like(value, len(INTERRUPTS))])
+    dist.all_reduce(sums)
+    total, interrupts = sums.tolist()
+    if interrupts:
+        raise KeyboardInterrupt
+    return total
+
+
+def stop(error: Exception | str) -> None:
+    """What all ranks have met at once, said by one of them, with exit status 2."""
+    sys.exit() if RANK > 0 else fail(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What to run
 
 
@@ -147,6 +213,8 @@ def read(argv: list[str] | None) -> Run:
         for length in stage.lengths:
             if min(len(corpus.train), len(corpus.val)) <= length:
                 raise ValueError(f"the corpus {recipe.data} has {min(len(corpus.train), len(corpus.val)):,} tokens in a split and the recipe reads {length:,} at a time: prepare a larger one, or train shorter")
+            if recipe.batch_tokens // length % RANKS:
+                raise ValueError(f"batch_tokens {recipe.batch_tokens} are {recipe.batch_tokens // length} sequences of {length}, which do not divide among {RANKS} processes: start another number of them, or give --batch-tokens {length * RANKS} or a multiple")
             training_batch(corpus, needles, recipe.seed, 0, length, length, float(stage.needle_share > 0))
     source = out / "last" if resuming else options.get("init")
     if source is not None and load_tokenizer(source).hash != corpus.tokenizer.hash:
@@ -165,13 +233,14 @@ def read(argv: list[str] | None) -> Run:
     )  # fmt: skip
     if resuming:
         load_state(run)
-    else:
+    elif RANK == 0:
         claim(run, sys.argv[1:] if argv is None else argv)
     return run
 
 
 def choose_device(name: str | None) -> tuple[torch.device, bool]:
-    """The device, and whether it is a GPU that multiplies bfloat16 natively. Raises ValueError where there is no such device."""
+    """The device, and whether it is a GPU that multiplies bfloat16 natively: of several processes each takes a GPU of its own.
+    Raises ValueError where there is no such device."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -180,6 +249,11 @@ def choose_device(name: str | None) -> tuple[torch.device, bool]:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device.type, False)
     if not there:
         raise ValueError(f"--device {name}: this machine (or this build of torch) has none; use --device cpu")
+    if RANKS > 1 and device.type != "cpu":
+        if device.type != "cuda" or LOCAL_RANKS > torch.cuda.device_count():
+            raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs for {LOCAL_RANKS} processes; start no more with --nproc-per-node, or use --device cpu")
+        device = torch.device("cuda", LOCAL_RANK)
+        torch.cuda.set_device(device)
     return device, device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -203,6 +277,7 @@ def claim(run: Run, argv: list[str]) -> None:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine() + " CPU",
         "threads": torch.get_num_threads(),
+        "processes": RANKS,
         "git": git.stdout.strip() if git else None,
     }
     (run.out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -228,13 +303,17 @@ def train(run: Run) -> None:
     """Run the recipe's remaining steps, then evaluate."""
     recipe, model, corpus = run.recipe, run.model, run.corpus
     stages = recipe.stages()
-    announce(run, stages)
+    if RANK == 0:
+        announce(run, stages)
     held_out = Needles(corpus.tokenizer, corpus.val, evaluation=True) if run.needles else None
-    loss = torch.compile(model.loss) if run.compile else model.loss
-    log = Log(run.out / "log.jsonl", run.step)
-    if run.step == 0 and run.max_steps > 0:
+    loss = Loss(model, run.compile)
+    if RANKS > 1:
+        loss = parallel(loss)
+        signal.signal(signal.SIGINT, lambda number, _: INTERRUPTS.append(number))
+    log = Log(run.out / "log.jsonl" if RANK == 0 else Path(os.devnull), run.step)
+    if RANK == 0 and run.step == 0 and run.max_steps > 0:
         save(run)  # so that there is something to resume from the first moment
-    bar = tqdm(total=recipe.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=None if run.max_steps else True)
+    bar = tqdm(total=recipe.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=True if RANK > 0 or not run.max_steps else None)
     batches = prefetch(lambda step: batch_of(run, stages, step), range(run.step, run.max_steps))
     seconds = tokens = 0.0
     for step, batch in zip(range(run.step, run.max_steps), batches):
@@ -254,7 +333,7 @@ def train(run: Run) -> None:
         speed = tokens / seconds
         bar.set_postfix_str(f"loss {value:.3f}, {speed:,.0f} tokens/s, MFU {mfu(run, batch.tokens.shape[1], speed)}", refresh=False)
         bar.update()
-        if run.step % recipe.eval_every == 0 or run.step in (stage.end, run.max_steps):
+        if RANK == 0 and (run.step % recipe.eval_every == 0 or run.step in (stage.end, run.max_steps)):
             nats, bits = validation_loss(model, corpus, stage.longest, recipe.eval_tokens)
             entry = {"step": run.step, "length": stage.longest, "val_loss": nats, "val_bits_per_byte": bits}
             if held_out:
@@ -270,7 +349,10 @@ def train(run: Run) -> None:
     bar.close()
     if run.step:
         model.config = stage_at(stages, run.step - 1).config
-    finish(run, held_out, log)
+    if RANKS > 1:  # nobody waits for the others any more
+        signal.signal(signal.SIGINT, signal.SIG_DFL if RANK > 0 else signal.default_int_handler)
+    if RANK == 0:
+        finish(run, held_out, log)
 
 
 def stage_at(stages: list[Stage], step: int) -> Stage:
@@ -286,18 +368,21 @@ def batch_of(run: Run, stages: list[Stage], step: int) -> Batch:
     )
 
 
-def update(run: Run, batch: Batch, loss_of, lr: float) -> tuple[float, float]:
+def update(run: Run, batch: Batch, loss_of: nn.Module, lr: float) -> tuple[float, float]:
     """One step of both optimizers, by micro-batches -> (loss, gradient norm before clipping). A loss that is not finite changes nothing."""
+    share = len(batch.tokens) // RANKS
+    batch = batch.rows(RANK * share, (RANK + 1) * share)
     rows = max(1, run.micro_batch // batch.tokens.shape[1])
     total = torch.zeros((), device=run.device)
-    for start in range(0, len(batch.tokens), rows):
+    for start in range(0, share, rows):
         part = batch.rows(start, start + rows).to(run.device)
-        with autocast(run):
+        last = start + rows >= share
+        with autocast(run), nullcontext() if last or RANKS == 1 else loss_of.no_sync():
             loss = loss_of(part.tokens, part.targets, part.weights)
-        loss.backward()
+        (RANKS * loss).backward()  # against the mean over the ranks
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
-    value, norm = total.item(), norm.item()
+    value, norm = add_up(total), norm.item()
     if math.isfinite(value) and math.isfinite(norm):
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
@@ -313,16 +398,16 @@ def autocast(run: Run):
 
 
 def mfu(run: Run, length: int, tokens_per_second: float) -> str:
-    """The share of the device's dense bf16 peak that the model's FLOPs make up; n/a where the peak is unknown."""
+    """The share of the devices' dense bf16 peak that the model's FLOPs make up; n/a where the peak is unknown."""
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
     peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-    return "n/a" if peak is None else f"{run.model.flops_per_token(length) * tokens_per_second / peak:.1%}"
+    return "n/a" if peak is None else f"{run.model.flops_per_token(length) * tokens_per_second / (RANKS * peak):.1%}"
 
 
 def announce(run: Run, stages: list[Stage]) -> None:
     """What is about to run, and what a reader should know about it."""
     recipe, config = run.recipe, stage_at(stages, run.step).config
-    print(f"{run.out}: {sum(p.numel() for p in run.model.parameters()):,} parameters on {run.device}, {'bfloat16 autocast' if run.bf16 else 'float32'}" + ("" if run.bf16 or run.device.type == "cpu" else " (no native bfloat16)"))
+    print(f"{run.out}: {sum(p.numel() for p in run.model.parameters()):,} parameters on {run.device if RANKS == 1 else f'{RANKS} x {run.device.type}'}, {'bfloat16 autocast' if run.bf16 else 'float32'}" + ("" if run.bf16 or run.device.type == "cpu" else " (no native bfloat16)"))
     print(f"corpus {recipe.data} ({run.corpus.hash}): {len(run.corpus.train):,} tokens to train on, {len(run.corpus.val):,} to validate")
     windows = " ".join(f"{'RoPE' if s.rope else 'NoPE'}:{s.window or 'all'}" for s in layer_plan(config))
     print(f"layers {config.pattern}: {windows}")
@@ -402,17 +487,21 @@ def finish(run: Run, held_out: Needles | None, log: Log) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command. Bad input, a loss that is not finite and exhausted memory are one line and status 2."""
     try:
-        run = read(argv)
+        with rank_0_first():
+            run = read(argv)
     except (ValueError, OSError) as error:
         fail(error)
     try:
         train(run)
     except FloatingPointError as error:
-        fail(error)
+        stop(error)
     except torch.OutOfMemoryError:
         fail(f"out of memory with --micro-batch {run.micro_batch} tokens on {run.device}: give a smaller --micro-batch")
     except KeyboardInterrupt:
-        fail(f"interrupted after step {run.step}: go on with --resume {run.out}")
+        stop(f"interrupted after step {run.step}: go on with --resume {run.out}")
+    if RANKS > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

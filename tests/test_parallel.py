@@ -1,0 +1,151 @@
+"""Data parallel: two processes train as one does, stop and go on as one does, and only the first of them speaks and writes.
+
+torchrun starts real processes over gloo, some seconds each, so that every launch here serves several questions.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from model import Transformer
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+
+RECIPE = """
+batch_tokens = 512
+eval_tokens = 1024
+eval_questions = 0
+needle_share = 0.5
+[model]
+n_layer = 4
+n_head = 2
+n_kv_head = 1
+d_model = 32
+d_ff = 48
+window = 16
+[[phase]]
+steps = 6
+lengths = { 128 = 1 }
+[[phase]]
+steps = 6
+lengths = { 128 = 3, 256 = 1 }
+lr = 0.002
+warmup = 2
+"""
+SSMAX = RECIPE.replace("[model]", "recompute = true\n[model]\nlength_scale = 'ssmax'") + "pattern = 'rN'\n"  # scales that only some layers use, and the phases not the same
+
+
+@pytest.fixture
+def words(tmp_path, corpus_folder, monkeypatch):
+    """words(text, flag, ...) -> the command line of a run by the recipe `text`, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, *flags):
+        (tmp_path / "small.toml").write_text(text)
+        return ["small.toml", "--data", str(corpus_folder), *flags]
+
+    return write
+
+
+def torchrun(argv):
+    """Train in two processes -> what they printed."""
+    done = subprocess.run([*TORCHRUN, *argv], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def steps(folder):
+    """(step, loss, gradient norm) as logged."""
+    entries = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry]
+
+
+def assert_same_run(folder, other):
+    """All 12 steps, once each. The same float32 terms in another order differ by 1e-7 of a sum, and twelve updates carry little of
+    that on; rows left out, counted twice or weighed anew show in the second digit. (The norm is compared too, for neither clipping
+    nor Muon nor AdamW lets the loss see a gradient of another size.)"""
+    assert [step for step, *_ in steps(folder)] == list(range(1, 13))
+    np.testing.assert_allclose(steps(folder), steps(other), rtol=1e-5)
+
+
+def test_two_processes_by_micro_batches_then_one(words):
+    train.main(words(SSMAX, "--out", "one"))
+    printed = torchrun(words(SSMAX, "--out", "two", "--micro-batch", "128", "--max-steps", "8")).splitlines()
+    assert len(steps("two")) == 8
+    assert "2 x cpu" in printed[0]
+    said = [line for line in printed if line]
+    assert len(set(said)) == len(said)  # by one process
+    assert json.loads(Path("two", "run.json").read_text())["processes"] == 2
+    train.main(["--resume", "two"])
+    assert_same_run("two", "one")
+
+
+def test_one_process_then_two(words):
+    train.main(words(RECIPE, "--out", "one"))
+    train.main(words(RECIPE, "--out", "two", "--max-steps", "5"))
+    torchrun(["--resume", "two"])
+    assert_same_run("two", "one")
+    assert {path.name for path in Path("two").iterdir()} == {path.name for path in Path("one").iterdir()}
+    a, b = (Transformer.from_pretrained(Path(name, "last")).state_dict() for name in ("one", "two"))
+    for name, p in a.items():  # twelve updates of some lr each, whose directions may differ by rounding: 1e-2 of one of them
+        torch.testing.assert_close(b[name], p, rtol=0, atol=6e-5, msg=name)
+
+
+def test_sequences_that_do_not_divide_among_the_processes(words, monkeypatch):
+    """Length 128 has 4 sequences a step, length 256 only 2."""
+    monkeypatch.setattr(train, "RANKS", 4)
+    with pytest.raises(ValueError, match="2 sequences of 256.* 4 processes.*--batch-tokens 1024"):
+        train.read(words(RECIPE, "--out", "x"))
+    assert not Path("x").exists()
+    train.read(words(RECIPE, "--out", "x", "--batch-tokens", "1024"))
+    monkeypatch.setattr(train, "RANKS", 2)
+    train.read(words(RECIPE, "--out", "y"))
+
+
+@pytest.mark.parametrize(
+    "text,flags,said",
+    [
+        (RECIPE, ["--patern", "R"], "error: unknown flag --patern; did you mean --pattern?"),
+        (RECIPE.replace("lr = 0.002", "lr = 1e30"), ["--out", "x"], "error: step 7: the loss is "),
+    ],
+)
+def test_an_error_of_all_is_said_once(words, text, flags, said):
+    """Bad input, and a loss that is not finite. torchrun adds a summary of its own, which names the processes that failed."""
+    done = subprocess.run([*TORCHRUN, *words(text, *flags)], capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1 and errors[0].startswith(said), done.stderr
+    assert "exitcode  : 2" in done.stderr and "rank      : 1" not in done.stderr
+    if "x" in flags:
+        assert torch.isfinite(Transformer.from_pretrained("x/last").embed_tokens.weight).all()
+    else:
+        assert not Path("out").exists()
+
+
+def test_an_interrupt_of_one_stops_all_after_the_same_step(words):
+    """The processes as torchrun starts them, of which only the second hears of it: none is left waiting for the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "train.py"), *words(RECIPE.replace("steps = 6", "steps = 100_000"), "--out", "x")]
+    place = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [subprocess.Popen(command, env=place | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in "01"]
+    deadline = time.time() + 60
+    while not (Path("x/log.jsonl").exists() and len(steps("x")) > 3) and time.time() < deadline:
+        time.sleep(0.1)
+    ranks[1].send_signal(signal.SIGINT)
+    (_, said), (out, err) = (rank.communicate(timeout=60) for rank in ranks)
+    assert said == f"error: interrupted after step {len(steps('x'))}: go on with --resume x\n"
+    assert out == err == "" and [rank.returncode for rank in ranks] == [2, 0]
+    assert not list(Path("x").glob("*.partial"))
+    Transformer.from_pretrained("x/last")
