@@ -73,6 +73,7 @@ class Lab:
     seeds: list[int]
     rates: list[float] = field(default_factory=lambda: list(RATES))
     chosen: dict[str, tuple[Plan, bool]] = field(default_factory=dict)  # variant -> its run of seed 1, and whether that learned
+    second: set[str] = field(default_factory=set)  # variants whose second stage was asked for
 
     def flags(self, variant: str) -> tuple:
         """Of the variant, without a rate."""
@@ -113,6 +114,7 @@ class Lab:
 
     def extended(self, variant: str, recipe: str | None = None) -> list[Plan]:
         """The variant's second stage: theta raised for RoPE, positions untouched for hybrids and NoPE, unless `recipe` says otherwise."""
+        self.second.add(variant)
         recipe = recipe or (self.scale.extend_rope if variant in ("R", "QK-Norm") else self.scale.extend)
         return [extension(recipe, self.plan(variant, seed)) for seed in self.seeds]
 
@@ -452,7 +454,7 @@ def variants(lab: Lab) -> str:
         tables = " ".join(f"{at_trained_length(lab.record(plan, what='run'), lab.scale.trained):.2f}" for plan in plans)
         stretch = " ".join(dict(plan.flags).get("stretch", "1") for plan in plans)
         lines.append(f"| {name} | {rate_of(chosen)} | {stretch} | {tables} | {shown(lab.loss(name))} | {cells(plans)} |")
-        if name in VARIANTS:
+        if name in lab.second:
             lines.append(f"| {name}, extended | | | | | {cells(lab.extended(name))} |")
     return "\n".join(lines)
 
@@ -462,17 +464,21 @@ def plot(lab: Lab, out: Path) -> None:
     from matplotlib.figure import Figure
 
     lengths = [times * lab.scale.trained for times in TIMES]
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    stages = (("trained", lab.base, lab.scale.trained), ("extended", lab.extended, lab.scale.extended))
-    axes = figure.subplots(2, len(TASKS), sharex=True, sharey=True)
-    for row, (stage, plans_of, length) in zip(axes, stages):
+    shown = [name for name in VARIANTS if name in lab.chosen]
+    stages = [("trained", lab.base, lab.scale.trained, shown)]
+    if lab.second:
+        stages.append(("extended", lab.extended, lab.scale.extended, [name for name in shown if name in lab.second]))
+    figure = Figure(figsize=(11, 0.4 + 3 * len(stages)), layout="constrained")
+    axes = figure.subplots(len(stages), len(TASKS), sharex=True, sharey=True, squeeze=False)
+    colors = {name: f"C{i}" for i, name in enumerate(VARIANTS)}
+    for row, (stage, plans_of, length, names) in zip(axes, stages):
         for axis, task in zip(row, TASKS):
-            for name in [name for name in VARIANTS if name in lab.chosen]:
+            for name in names:
                 plans = plans_of(name)
                 means, errors = zip(*(mean_and_error(lab.needles(plans, n, task)) for n in lengths))
                 errors = [0 if error != error else error for error in errors]  # one seed has none
                 style = "-" if all(lab.learned([name], task)[name]) else ":"
-                axis.errorbar(lengths, means, errors, marker="o", markersize=4, capsize=2, label=name, linestyle=style)
+                axis.errorbar(lengths, means, errors, marker="o", markersize=4, capsize=2, label=name, linestyle=style, color=colors[name])
             axis.axvline(length, color="gray", linewidth=0.8)
             axis.set(title=f"{task}, {stage} at {length:,} tokens", xscale="log", ylim=(-0.03, 1.03))
             axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
