@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -148,17 +149,18 @@ def plot(masses: list[Mass], heads: list[Head], densities: dict[tuple[str, int],
     longest = max(mass.length for mass in masses)
     figure = Figure(figsize=(14, 0.4 + 3.1 * len(names)), layout="constrained")
     for name, (bars, line, points) in zip(names, figure.subplots(len(names), 3, squeeze=False)):
-        rows, bottom = [mass for mass in masses if mass.checkpoint == name], 0
+        rows = [mass for mass in masses if mass.checkpoint == name]
+        bottom = np.zeros(len(rows))
         labels = [f"{mass.length:,}" + ("" if mass.layers == "all" else f"\n{mass.layers}") for mass in rows]
         for segment in SEGMENTS:
-            values = torch.tensor([getattr(mass, segment) for mass in rows])
+            values = np.array([getattr(mass, segment) for mass in rows])
             bars.bar(range(len(rows)), values, bottom=bottom, label=segment)
             bottom = bottom + values
         bars.set_xticks(range(len(rows)), labels, fontsize=7)
         bars.set(title=f"{name}\nattention mass of the qc queries", ylim=(0, 1))
-        bars.legend(fontsize=7, loc="lower right")
+        bars.legend(fontsize=7, loc="lower right", framealpha=0.6)
         for kind, density in densities[name, longest].items():
-            line.plot((torch.arange(BINS) + 0.5) / BINS, density, label=kind)
+            line.plot((np.arange(BINS) + 0.5) / BINS, density.numpy(), label=kind)
         line.set(title=f"density over the context, {longest:,} tokens (even: 1)", xlabel="place in the context", yscale="log")
         line.legend(fontsize=7)
         for position, color in (("RoPE", "tab:orange"), ("NoPE", "tab:blue")):
