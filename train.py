@@ -499,10 +499,19 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"out of memory with --micro-batch {run.micro_batch} tokens on {run.device}: give a smaller --micro-batch")
     except KeyboardInterrupt:
         stop(f"interrupted after step {run.step}: go on with --resume {run.out}")
-    if RANKS > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+
+def main_of_rank() -> None:
+    """`main` in one of several processes, which then ends as it is: to take its connections down may abort, or wait for one that is gone."""
+    try:
+        main()
+        dist.barrier()  # rank 0 may still be evaluating
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    main()
+    main() if RANKS == 1 else main_of_rank()
