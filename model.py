@@ -339,7 +339,7 @@ class Transformer(nn.Module):
             joined=joined,
         )
         for window in {spec.window for spec in plan}:
-            backend = choose_backend(self.backend, window, t, device, cached=cache is not None)
+            backend = choose_backend(self.backend, window, t, device, cache is not None, c.head_width)
             if backend == "banded" and window is None or cache is not None and backend != "reference":
                 backend = "sdpa"  # banded is for windows; only sdpa and reference take a chunk of a sequence
             context.backends[window] = backend
