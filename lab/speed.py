@@ -433,7 +433,7 @@ def job_section(setup: Setup, argv: tuple = ()) -> str:
         whole["the final needle table"] = time.perf_counter() - started
     total = sum(whole.values())
     rows = [[part, f"{seconds:,.1f}", f"{seconds / total:.0%}"] for part, seconds in whole.most_common()]
-    size = f"{recipe.steps:,} steps of {recipe.batch_tokens:,} tokens, {run.name}; each part's median of {setup.repeats} steps, times their number"
+    size = f"{recipe.steps:,} steps of {recipe.batch_tokens:,} tokens, {run.name}; each part's median of {setup.repeats} steps, times their number; the forward pass makes the gradients of the loss on its way"
     return f"{size}.\n\n{table(['part', 'seconds', 'share'], [*rows, ['all', f'{total:,.1f}', '']])}"
 
 
