@@ -210,11 +210,11 @@ def _positions(q: Tensor, k: Tensor, q_pos: Tensor | None, k_pos: Tensor | None)
     return q_pos, k_pos
 
 
-def choose_backend(backend: str, window: int | None, length: int, device: torch.device, cached: bool = False) -> str:
+def choose_backend(backend: str, window: int | None, length: int, device: torch.device, cached: bool = False, head_width: int = 16) -> str:
     """The kernel that `backend` means for one sequence of `length`: "auto" is resolved, any other name is itself.
 
-    Full attention: sdpa. Windowed: flex on CUDA, banded elsewhere; sdpa where the window (nearly) covers the sequence,
-    since then there is nothing to skip, and under a cache. Raises ValueError for an unknown name.
+    Full attention: sdpa. Windowed: flex on CUDA (whose kernels want heads of 16 or wider), banded elsewhere; sdpa where the
+    window (nearly) covers the sequence, since then there is nothing to skip, and under a cache. Raises ValueError for an unknown name.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
@@ -222,7 +222,7 @@ def choose_backend(backend: str, window: int | None, length: int, device: torch.
         return backend
     if cached or window is None or length <= window:
         return "sdpa"
-    if device.type == "cuda":
+    if device.type == "cuda" and head_width >= 16:
         return "flex"
     return "banded" if length >= 2 * window else "sdpa"
 
@@ -264,7 +264,7 @@ def attend(
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads: use a divisor")
     if (q_pos is None) != (k_pos is None) or (q_pos is None and t != s):
         raise ValueError(f"{t} queries over {s} keys: give both q_pos and k_pos")
-    backend = choose_backend(backend, window, t, q.device, cached=q_pos is not None)
+    backend = choose_backend(backend, window, t, q.device, q_pos is not None, q.shape[-1])
     if backend == "reference":
         return attention_weights(q, k, window, q_pos, k_pos) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     if backend in ("banded", "flex") and q_pos is not None:
@@ -295,12 +295,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = F
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """A window for O(t window) work on any device: blocks of queries, folded into the batch, each with the keys it reaches.
 
-        keys     0 1 2 3 4 5 6 7 8 9 ..      block = 4, window = 3: the queries 4..7 reach back 2 keys,
-        block 1  . . x x x x x x . .         so their keys are the own block and the one before; the same small
-        block 2  . . . . . . x x x x         mask serves every block but the first, which has nothing before it.
+        keys     0 1 2 3 4 5 6 7 8 9 ..      block = 2, window = 4: the queries 4 and 5 reach back 3 keys,
+        block 2  x x x x x x . . . .         so their keys are the own block and the two before; the same small
+        block 3  . . x x x x x x . .         mask serves every block but the first two, which have less before them.
     """
     t = q.shape[2]
-    block = min(max(window, 64), 256)
+    block = max(window // 4, 32)  # a query's keys fill most of what its block reads, and no key is read more than six times
     before = -(-(window - 1) // block)  # earlier blocks that a window reaches
     first = block * max(before, 1)  # these rows have fewer blocks before them: apart
     if first >= t:

@@ -35,6 +35,7 @@ from attention import (
 )
 
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # elements (b t v) the loss makes at a time; on CPU what a cache holds
+LEAST_ROWS = 256  # of those: each chunk also adds to the whole (v c) gradient of the output matrix
 MIMETIC = ("none", "nope", "all")  # layers whose queries begin half like their keys
 TABLES_AT_ONCE = 64  # positions whose rotary tables decoding makes together
 PREFILL_CHUNK = 512  # tokens of a prompt per forward, so that a long one never makes (t s) masks or (t v) logits
@@ -219,7 +220,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device, dtype=weights.dtype)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_matrix = torch.zeros_like(matrix, dtype=weights.dtype) if wanted else None
-        rows = max(LOGITS_AT_ONCE.get(hidden.device.type, 2**26) // matrix.shape[0], 1)
+        rows = max(LOGITS_AT_ONCE.get(hidden.device.type, 2**26) // matrix.shape[0], LEAST_ROWS)
         for i in range(0, len(hidden), rows):
             h, y, w = hidden[i : i + rows], targets[i : i + rows], weights[i : i + rows]
             logp = F.linear(scale * h, matrix).to(w.dtype).log_softmax(-1)
@@ -339,7 +340,7 @@ class Transformer(nn.Module):
             joined=joined,
         )
         for window in {spec.window for spec in plan}:
-            backend = choose_backend(self.backend, window, t, device, cached=cache is not None)
+            backend = choose_backend(self.backend, window, t, device, cache is not None, c.head_width)
             if backend == "banded" and window is None or cache is not None and backend != "reference":
                 backend = "sdpa"  # banded is for windows; only sdpa and reference take a chunk of a sequence
             context.backends[window] = backend

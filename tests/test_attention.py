@@ -27,11 +27,11 @@ from attention import (
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
-# (length, window): one key, nothing, exactly and just over the length, the edges of banded's blocks (64 to 256 queries),
-# and windows that reach back one, two and three blocks.
+# (length, window): one key, nothing, exactly and just over the length, the edges of banded's blocks (a quarter of the
+# window, 32 queries at least), and windows that reach back one to five blocks.
 SHAPES = [
     (1, 1), (1, 7), (5, 1), (130, 1), (7, 3), (7, 7), (7, 8), (64, 3), (65, 3), (129, 64), (129, 65), (200, 63),
-    (191, 64), (192, 64), (193, 65), (300, 100), (257, 128), (513, 255), (513, 256), (520, 257), (600, 258),
+    (63, 32), (64, 33), (65, 33), (191, 64), (192, 64), (193, 65), (300, 135), (300, 100), (257, 128), (513, 255), (513, 256), (520, 257), (600, 258),
     (1030, 513), (1030, 514), (700, 600), (1210, 600),
 ]  # fmt: skip
 HEADS = [(1, 1), (4, 2), (3, 1), (2, 2)]  # (query, key/value): one, grouped, multi-query, plain
@@ -275,6 +275,7 @@ def test_auto():
         (cuda, 16, 16, False, "sdpa"), (cuda, None, 100, False, "sdpa"), (cuda, 16, 1, True, "sdpa"),
     ]:  # fmt: skip
         assert choose_backend("auto", window, length, device, cached) == choice
+    assert choose_backend("auto", 16, 100, cuda, head_width=8) == "banded"  # narrower than FlexAttention's kernels take
     assert choose_backend("reference", 16, 100, CPU, cached=True) == "reference"  # a name is itself
 
 

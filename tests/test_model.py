@@ -388,6 +388,7 @@ def test_loss_is_cross_entropy(monkeypatch, more, ignored, weighted, chunk):
     """By chunks (of one row, of seven, all at once) and against F.cross_entropy on whole logits, gradients too."""
     if chunk:
         monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", chunk)
+        monkeypatch.setattr(model_module, "LEAST_ROWS", 1)
     model, tokens, targets = tiny("rN", **more), text(2, 9), text(2, 9, seed=5)
     if ignored:
         targets[0, :4] = targets[1, -1] = -100
@@ -503,6 +504,7 @@ def test_the_vocabulary_multiplies_once():
 def test_flops_are_counted_right(monkeypatch, more):
     """6 N a token, forward and backward, by PyTorch's own counter with attention taken out; in chunks of the loss too."""
     monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 7 * V)
+    monkeypatch.setattr(model_module, "LEAST_ROWS", 1)
     model, tokens = Transformer(config("rrrN", **more)), text(2, 20)
     # a stand-in for the kernel: the right shape, no products, and a gradient for each of q, k and v
     monkeypatch.setattr(attention, "attend", lambda q, k, v, *_: q + v.repeat_interleave(q.shape[1] // v.shape[1], 1) * k.mean())
