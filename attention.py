@@ -453,8 +453,8 @@ class Context:
     backends: dict[int | None, str]  # per window
     masks: dict[int | None, Tensor | BlockMask | None]  # per window; none at all for one query over its cache
     cache: KVCache | None = None
-    q_pos: Tensor | None = None  # under a cache (t)
-    k_pos: dict[int | None, Tensor] | None = None  # under a cache, per window (s)
+    q_pos: Tensor | None = None  # of what continues a cache (t)
+    k_pos: dict[int | None, Tensor] | None = None  # of what it then meets, per window (s)
     slots: dict[int, Tensor] | None = None  # under a cache, per ring size
     weights: list | None = None  # collects (attention weights, key positions) of each layer
     joined: bool = False  # one token: blocks multiply by their joined matrices
@@ -505,7 +505,7 @@ class Attention(nn.Module):
         q_pos = k_pos = None
         if context.cache is not None:
             k, v = context.cache.extend(layer, k, v, context.slots)
-            q_pos, k_pos = context.q_pos, context.k_pos[spec.window]
+            q_pos, k_pos = context.q_pos, context.k_pos and context.k_pos[spec.window]
         if context.weights is not None:
             positions = _positions(q, k, q_pos, k_pos)
             context.weights.append((attention_weights(q, k, spec.window, *positions), positions[1]))

@@ -38,7 +38,8 @@ LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # elements (b t v) the loss make
 LEAST_ROWS = 256  # of those: each chunk also adds to the whole (v c) gradient of the output matrix
 MIMETIC = ("none", "nope", "all")  # layers whose queries begin half like their keys
 TABLES_AT_ONCE = 64  # positions whose rotary tables decoding makes together
-PREFILL_CHUNK = 512  # tokens of a prompt per forward, so that a long one never makes (t s) masks or (t v) logits
+PREFILL_CHUNK = 512  # tokens of a prompt per forward under a cache, so that a long one never makes (t s) masks or (t v) logits
+FIRST_CHUNK = 8192  # tokens before them: nothing is held yet, so that these are a whole sequence and take its kernels, which need no masks
 
 
 @dataclass(frozen=True)
@@ -312,12 +313,13 @@ class Transformer(nn.Module):
         """Positions, tables and masks: one of each kind per forward, however many layers there are."""
         c = self.config
         k_pos = slots = None
+        continues = cache is not None and (cache.clock is not None or cache.length > 0)  # a first chunk meets nothing but itself
         if cache is None:
             q_pos = torch.arange(t, device=device)
         else:
             assert cache.plan == plan, "this cache was made for another pattern or window"
             q_pos, slots, met = cache.advance(t)
-            k_pos = {spec.window: met[rows] for spec, rows in zip(plan, cache.rows)}
+            k_pos = {spec.window: met[rows] for spec, rows in zip(plan, cache.rows)} if continues else None
         if joined and cache.clock is None:  # decoding: the tables of a whole block of positions at once
             block, at = divmod(cache.length - 1, TABLES_AT_ONCE)
             if self._tables[0] != (block, c, device):
@@ -333,15 +335,15 @@ class Transformer(nn.Module):
             backends={},
             masks={},
             cache=cache,
-            q_pos=None if cache is None else q_pos,
+            q_pos=q_pos if continues else None,
             k_pos=k_pos,
             slots=slots,
             weights=weights,
             joined=joined,
         )
         for window in {spec.window for spec in plan}:
-            backend = choose_backend(self.backend, window, t, device, cache is not None, c.head_width)
-            if backend == "banded" and window is None or cache is not None and backend != "reference":
+            backend = choose_backend(self.backend, window, t, device, continues, c.head_width)
+            if backend == "banded" and window is None or continues and backend != "reference":
                 backend = "sdpa"  # banded is for windows; only sdpa and reference take a chunk of a sequence
             context.backends[window] = backend
             if cache is None or t > 1 or cache.clock is not None:
@@ -387,8 +389,10 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Read tokens (b t) into the cache by chunks; logits (b v) for the token after the last."""
-        for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-            hidden = self.hidden(chunk, cache)
+        first = FIRST_CHUNK if cache.length == 0 else PREFILL_CHUNK
+        for chunk in (tokens[:, :first], *tokens[:, first:].split(PREFILL_CHUNK, dim=1)):
+            if chunk.shape[1]:
+                hidden = self.hidden(chunk, cache)
         return self.unembed(hidden[:, -1:])[:, 0]
 
     def compile_decoding(self) -> None:

@@ -202,7 +202,8 @@ def test_a_cache_joins_the_model_through_its_plan():
 def test_prefill_is_the_last_logits_whatever_its_chunk(monkeypatch):
     model, tokens = tiny(), text(2, 23)
     expected = model(tokens)[:, -1]
-    for chunk in (1, 4, 7, 23, 512):
+    for first, chunk in ((1, 1), (4, 4), (7, 3), (20, 1), (20, 512), (23, 5), (512, 512)):
+        monkeypatch.setattr(model_module, "FIRST_CHUNK", first)
         monkeypatch.setattr(model_module, "PREFILL_CHUNK", chunk)
         torch.testing.assert_close(model.prefill(tokens, model.new_cache(2, 23)), expected, rtol=0, atol=1e-11)
 
