@@ -448,3 +448,20 @@ def test_banded_is_fifteen_times_faster_than_the_dense_mask():
         torch.testing.assert_close(dense(), banded()[:, :, rows], rtol=0, atol=1e-5)
     ratios = [part * seconds(dense) / seconds(banded) for _ in range(5)]
     assert statistics.median(ratios) > 15, ratios
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_bfloat16_trains_through_float32_on_a_cpu(window):
+    """Its fused backward pass is slow there; under autocast too the sums are float32's, and so are the gradients, rounded once."""
+    torch.manual_seed(0)
+    rough = [torch.randn(1, heads, 24, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
+    fine = [x.detach().float().requires_grad_() for x in rough]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(*rough, window=window, backend="sdpa")
+    expected = attend(*fine, window=window, backend="sdpa")
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected.bfloat16())
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    expected.backward(upstream.float())
+    for a, b in zip(rough, fine):
+        assert torch.equal(a.grad, b.grad.bfloat16())
