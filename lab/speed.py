@@ -505,9 +505,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in sections:
         title, section = SECTIONS[name]
         title += ", compiled" if setup.compiled else ""
+        clock = "CPU" if setup.clock is time.process_time else "wall"
         load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before it"
         try:
-            body = f"`python -m lab.speed {shlex.join(argv)}`: torch {torch.__version__}{version}, {setup.threads} thread(s){load}.\n\n" + section(setup)
+            body = f"`python -m lab.speed {shlex.join(argv)}`: torch {torch.__version__}{version}, {setup.threads} thread(s), {clock} time{load}.\n\n" + section(setup)
         except ArithmeticError as error:
             fail(error)
         except torch.OutOfMemoryError:
