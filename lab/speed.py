@@ -6,7 +6,7 @@
     python -m lab.speed job                  where the time of `python train.py` goes
     python -m lab.speed --out results        also written to results/speed-MACHINE.md; its other sections stay
 
-Who is compared runs by turns in one process, after all have said the same; times are medians. Peak memory is of a step in a
+Who is compared runs by turns in one process, after all have said the same; times are medians, of one thread its CPU time. Peak memory is of a step in a
 process of its own, beyond the model. FLOPs count visible pairs only (Transformer.flops_per_token), and beside that as usually
 published, 6 N + 12 L d T; both as a share of the matmul rate that the machine showed in the same turns, and as MFU where the
 datasheet's peak is known. On CUDA models run in bfloat16 autocast, on CPU in float32.
@@ -77,6 +77,11 @@ class Setup:
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.cuda else torch.float32
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds: of the CPU where one thread works, so that what else the machine does counts little; else of the wall."""
+        return time.process_time if self.threads == 1 and not self.cuda else time.perf_counter
 
     def autocast(self):
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.cuda)
@@ -153,14 +158,14 @@ def agree(said: dict[str, Tensor], tolerance: float) -> None:
             raise ArithmeticError(f"{name} and {first} do not say the same: off by {error:.1e} of the largest number, and {tolerance:.0e} is allowed; their times mean nothing")
 
 
-def alternate(works: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each, taken by turns."""
+def alternate(works: dict[str, Callable], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each by `clock`, taken by turns."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
-            started = time.perf_counter()
+            started = clock()
             work()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: statistics.median(seen) for name, seen in seconds.items()}
 
 
@@ -198,7 +203,7 @@ def training(jobs: list[Job], setup: Setup, repeats: int | None = None) -> str:
     losses = {name: torch.tensor(step(), dtype=torch.float64) for name, step in steps.items()}
     for job in jobs:
         agree({other.name: losses[other.name] for other in jobs if other.shape == job.shape}, 1e-2 if setup.cuda else 1e-5)
-    seconds = alternate(steps | {"matmul": multiply}, repeats)
+    seconds = alternate(steps | {"matmul": multiply}, repeats, setup.clock)
     rate, peak = multiply_flops / seconds["matmul"], datasheet_peak(setup)
     del steps
     head = ["", "ms a step", "speed", "FLOPs", "tokens/s", "of the matmul rate", "by 6N + 12LdT", "peak MiB"] + ["MFU", "MFU by 6N + 12LdT"] * bool(peak)
@@ -266,7 +271,7 @@ def forward_section(setup: Setup, shape: dict = SHAPE, batch: int = 4, length: i
         return (out if isinstance(out, Tensor) else out.logits).float().cpu()
 
     agree({name: logits(run) for name, run in works.items()}, 5e-2 if setup.cuda else 1e-4)
-    seconds = alternate({name: partial(logits, run) for name, run in works.items()}, setup.repeats)
+    seconds = alternate({name: partial(logits, run) for name, run in works.items()}, setup.repeats, setup.clock)
     *_, base = seconds.values()
     rows = [[name, f"{took * 1e3:,.1f}", f"{base / took:.2f}", f"{batch * length / took:,.0f}"] for name, took in seconds.items()]
     return f"Logits of {batch} x {length:,} tokens; medians of {setup.repeats} turns.\n\n" + table(["", "ms", "speed", "tokens/s"], rows)
@@ -284,7 +289,7 @@ def decode_section(setup: Setup, shape: dict = SHAPE, prompt: int = 64) -> str:
         "Cohere2, SDPA, eager": lambda: theirs.generate(tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False).float(),
     }
     agree({name: work() for name, work in works.items()}, 0)
-    seconds = alternate(works, setup.repeats)
+    seconds = alternate(works, setup.repeats, setup.clock)
     *_, base = seconds.values()
     rows = [[name, f"{took / new * 1e3:.2f}", f"{base / took:.2f}", f"{new / took:,.0f}"] for name, took in seconds.items()]
     return f"{new} tokens after a prompt of {prompt}, float32; medians of {setup.repeats} turns.\n\n" + table(["", "ms a token", "speed", "tokens/s"], rows)
@@ -335,7 +340,7 @@ def long_decode_section(setup: Setup, shape: dict | None = None, context: int | 
     context = context or (131072 if setup.cuda else 8192)
     source = torch.randn(2**28 if setup.cuda else 2**25, device=setup.device)
     target = torch.empty_like(source)
-    copying = alternate({"copy": lambda: target.copy_(source)[0].item()}, 9)["copy"]
+    copying = alternate({"copy": lambda: target.copy_(source)[0].item()}, 9, setup.clock)["copy"]
     bandwidth, rows = 2 * source.nbytes / copying, []
     del source, target
     tokens = torch.randint(shape["vocab_size"] - 1, (1, context), device=setup.device)
@@ -347,7 +352,7 @@ def long_decode_section(setup: Setup, shape: dict | None = None, context: int | 
         stream = model.stream(tokens, setup.new_tokens + 8, cache=cache)
         for _ in range(8):  # the prompt, and what is compiled or captured at the first steps
             next(stream).item()
-        took = alternate({"token": lambda: next(stream).item()}, setup.new_tokens)["token"]
+        took = alternate({"token": lambda: next(stream).item()}, setup.new_tokens, setup.clock)["token"]
         size = model.matmul_parameters() * setup.dtype.itemsize + cache.nbytes
         rows.append([pattern, f"{took * 1e3:.2f}", f"{size / 2**20:,.0f}", f"{size / took / 1e9:,.0f}", f"{size / took / bandwidth:.0%}"])
     head = ["", "ms a token", "MiB read (weights, cache)", "GB/s", "of the copying rate"]
@@ -384,8 +389,8 @@ def kernels_section(setup: Setup, length: int | None = None, windows: tuple = ()
             return torch.autograd.grad(run(name), qkv, upstream)[0][0, 0, 0, 0].item()
 
         works = {name: partial(both, name) for name in (*names, "causal")}
-        alternate(works, 1)
-        seconds = alternate(works, setup.repeats)
+        alternate(works, 1, setup.clock)
+        seconds = alternate(works, setup.repeats, setup.clock)
         promised = seconds["causal"] * visible_pairs(length, window) / visible_pairs(length)
         rows += [[f"{window:,}", name, f"{took * 1e3:,.2f}", f"{promised / took:.2f}" if name in names else "1.00"] for name, took in seconds.items()]
     head = ["window", "kernel", "ms", "of the causal kernel's FLOP rate"]
@@ -403,11 +408,11 @@ def job_section(setup: Setup, argv: tuple = ()) -> str:
         model.config, parts = stage.config, {}
 
         def clock(part: str, work: Callable):
-            started = time.perf_counter()
+            started = setup.clock()
             result = work()
             if setup.cuda:
                 torch.cuda.synchronize()
-            parts.setdefault(part, []).append(time.perf_counter() - started)
+            parts.setdefault(part, []).append(setup.clock() - started)
             return result
 
         for step in range(stage.start, min(stage.start + setup.repeats, stage.end)):
@@ -427,10 +432,10 @@ def job_section(setup: Setup, argv: tuple = ()) -> str:
         for part, seen in parts.items():
             whole[part] += statistics.median(seen) * times.get(part, evaluations)
     if run.needles and recipe.eval_questions:
-        started = time.perf_counter()
+        started = setup.clock()
         with contextlib.redirect_stdout(io.StringIO()):
             needle_table(model, held_out, model.config.trained_length, recipe.eval_questions)
-        whole["the final needle table"] = time.perf_counter() - started
+        whole["the final needle table"] = setup.clock() - started
     total = sum(whole.values())
     rows = [[part, f"{seconds:,.1f}", f"{seconds / total:.0%}"] for part, seconds in whole.most_common()]
     size = f"{recipe.steps:,} steps of {recipe.batch_tokens:,} tokens, {run.name}; each part's median of {setup.repeats} steps, times their number; the forward pass makes the gradients of the loss on its way"
@@ -500,9 +505,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in sections:
         title, section = SECTIONS[name]
         title += ", compiled" if setup.compiled else ""
+        clock = "CPU" if setup.clock is time.process_time else "wall"
         load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before it"
         try:
-            body = f"`python -m lab.speed {shlex.join(argv)}`: torch {torch.__version__}{version}, {setup.threads} thread(s){load}.\n\n" + section(setup)
+            body = f"`python -m lab.speed {shlex.join(argv)}`: torch {torch.__version__}{version}, {setup.threads} thread(s), {clock} time{load}.\n\n" + section(setup)
         except ArithmeticError as error:
             fail(error)
         except torch.OutOfMemoryError:
