@@ -413,7 +413,7 @@ def announce(run: Run, stages: list[Stage]) -> None:
     print(f"layers {config.pattern}: {windows}")
     for stage in stages:
         for length in stage.lengths:
-            kernels = {choose_backend(run.model.backend, s.window, length, run.device) for s in layer_plan(stage.config) if s.window}
+            kernels = {choose_backend(run.model.backend, s.window, length, run.device, head_width=config.head_width) for s in layer_plan(stage.config) if s.window}
             print(f"steps {stage.start}..{stage.end - 1}: length {length:,}, kernels sdpa for full layers" + (f", {kernels.pop()} for windowed" if kernels else ""))
     epochs = recipe.steps * recipe.batch_tokens / len(run.corpus.train)
     print(f"{recipe.steps} steps of {recipe.batch_tokens:,} tokens: {epochs:.2f} epochs of the corpus" + (f"; WARNING: more than {EPOCHS_TO_WARN} teach by heart, a larger corpus is wanted" if epochs > EPOCHS_TO_WARN else ""))
