@@ -43,6 +43,7 @@ from data.needles import Needles
 from lab.cost import peak_bytes
 from lab.evaluate import needle_score, needle_table, validation_loss
 from lab.gpt2 import GPT2
+from lab.runs import multiplies_bfloat16
 from model import ModelConfig, Transformer
 
 SHAPE = {"n_layer": 8, "n_head": 8, "n_kv_head": 2, "d_model": 256, "d_ff": 704, "vocab_size": 512, "window": 256}
@@ -398,7 +399,13 @@ def kernels_section(setup: Setup, length: int | None = None, windows: tuple = ()
 
 
 def job_section(setup: Setup, argv: tuple = ()) -> str:
-    """Where the time of `python train.py` goes: some steps of each stage, times the number of them."""
+    """Where the time of `python train.py` goes, and of `python train.py --bf16` on a CPU that has bfloat16 units."""
+    native = not setup.cuda and multiplies_bfloat16()
+    return "\n\n".join(job_times(setup, (*argv, *more)) for more in ([], ["--bf16"])[: 1 + native])
+
+
+def job_times(setup: Setup, argv: tuple) -> str:
+    """Some steps of each stage, times the number of them."""
     with tempfile.TemporaryDirectory() as folder:
         run = train.read([*argv, "--out", f"{folder}/run", "--device", setup.device])
     model, recipe, stages = run.model, run.recipe, run.recipe.stages()
@@ -438,7 +445,7 @@ def job_section(setup: Setup, argv: tuple = ()) -> str:
         whole["the final needle table"] = setup.clock() - started
     total = sum(whole.values())
     rows = [[part, f"{seconds:,.1f}", f"{seconds / total:.0%}"] for part, seconds in whole.most_common()]
-    size = f"{recipe.steps:,} steps of {recipe.batch_tokens:,} tokens, {run.name}; each part's median of {setup.repeats} steps, times their number; the forward pass makes the gradients of the loss on its way"
+    size = f"{recipe.steps:,} steps of {recipe.batch_tokens:,} tokens, {run.name}, {'bfloat16 autocast' if run.bf16 else 'float32'}; each part's median of {setup.repeats} steps, times their number; the forward pass makes the gradients of the loss on its way"
     return f"{size}.\n\n{table(['part', 'seconds', 'share'], [*rows, ['all', f'{total:,.1f}', '']])}"
 
 
