@@ -73,8 +73,9 @@ def page(made: list[tuple[str, dict]], rates: list[float]) -> str:
         "",
         f"Needles on held-out text with held-out keys and values, one seed, {len(made)} rows, as `python -m lab.long_context` prints them: exact match ± standard error / "
         f"likelihood against seven wrong answers (chance .125). Trained length {TRAINED}; rates tried: {', '.join(map(str, rates))}. Corpus {first['corpus']}, torch {first['torch']}.",
-        f"Rows marked * come from a base run that found fewer than {LEARNED} in its own table at {TRAINED}, three times the steps included: it had not learned the task, and they say nothing about length.",
-        "NoPE layers begin with queries half like their keys (model.py); RoPE layers, and so models converted from them, do not.",
+        f"Rows marked * come from a base run that found fewer than {LEARNED} in its own table at {TRAINED} (four asked among eight), three times the steps included: it had not learned that, and they say "
+        f"nothing about length, but for a task whose own column at {TRAINED} is high all the same.",
+        "NoPE layers begin with queries half like their keys (model.py); RoPE layers, and so models converted from them, do not: one row tells what that does.",
     ]
     for task in TASKS:
         lines += ["", f"## {task}", "", "| | " + " | ".join(f"{n:,}" for n in LENGTHS) + " |", "| --- |" + " --- |" * len(LENGTHS)]
