@@ -541,7 +541,8 @@ def test_an_interrupt_ends_a_sample_with_a_line(run, tmp_path):
     model.embed_tokens.weight.data[-1] = 0  # end-of-text has the logit 0, and some other always has more
     model.save_pretrained(tmp_path / "out/x/last")
     command = [sys.executable, str(ROOT / "sample.py"), "--prompt", "x", "--max-new-tokens", "100000", "--temperature", "0", "--checkpoint", "out/x/last"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listening = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start deaf to it
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     process.stdout.read(1)  # the prompt has been read and generation begins
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
