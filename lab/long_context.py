@@ -11,6 +11,7 @@ record in results/runs (lab/runs.py).
 """
 
 import argparse
+import math
 import subprocess
 from pathlib import Path
 
@@ -28,6 +29,18 @@ BASES = {  # name -> recipe, flags
     "rrrN": ("laptop", ("pattern", "rrrN")),
     "Nrrr": ("swan-laptop",),
 }
+REPORTED = (  # what a paper reports: which row finds more than which, at how many tokens
+    ("RoPE finds more than NoPE after extension (paper, section 2)", "R, extended with theta raised", "N, extended", 2048),
+    ("NoPE more than QK-Norm after extension (section 2)", "N, extended", "R QK-Norm, extended with theta raised", 2048),
+    ("RNoPE more than RoPE (section 4)", "RN, extended", "R, extended with theta raised", 8192),
+    ("RNoPE-SWA more than RNoPE (section 4)", "rrrN, extended", "RN, extended", 8192),
+    ("RNoPE-SWA more than RoPE (section 5)", "rrrN, extended", "R, extended with theta raised", 8192),
+    ("NoPE in the full layers more than RoPE there (Kimi Linear)", "rrrN", "rrrR", 8192),
+    ("SWAN keeps with its scale what it loses without (2504.08719)", "Nrrr, SWAN's scale", "Nrrr", 8192),
+    ("a RoPE model, converted to a hybrid by a short training, reads farther (2504.08719)", "R converted to rrrN", "R", 8192),
+    ("YaRN extends better than PI (2309.00071)", "R, extended with YARN", "R, extended with PI", 2048),
+    ("DroPE more than YaRN at twice the length (2512.12167)", "R, dropped at the end, its scale", "R, extended with YARN", 1024),
+)
 
 
 def rows(corpus: Corpus, names: list[str], rates: list[float]):
@@ -82,9 +95,26 @@ def page(made: list[tuple[str, dict]], rates: list[float]) -> str:
         for name, entry in made:
             cells = [found(entry, task, n) for n in LENGTHS]
             lines.append(f"| {name} | " + " | ".join(f"{c['exact']:.2f} ± {c['exact_error']:.2f} / {c['likelihood']:.2f}" for c in cells) + " |")
-    lines += ["", "## How each was made", ""]
+    lines += ["", "## What others report, and what is seen here", "", *reported(made), "", "## How each was made", ""]
     lines += [f"- {name}: `{entry['plan']}`" + (f", evaluated with {entry['treatment']}" if entry["treatment"] else f" ({entry['seconds']:.0f} s, {entry['val_loss']:.3f} nats per token at {longest(entry):,} tokens)") for name, entry in made]
     return "\n".join(lines)
+
+
+def reported(made: list[tuple[str, dict]]) -> list[str]:
+    """Each of REPORTED beside what was found: "shown" where the difference exceeds two standard errors, "reversed" likewise."""
+    by_name = {name.rstrip(" *"): (entry, name.endswith("*")) for name, entry in made}
+    lines = ["| reported | rows | tokens | " + " | ".join(TASKS) + " |", "| --- | --- | --- |" + " --- |" * len(TASKS)]
+    for says, more, less, length in REPORTED:
+        if more in by_name and less in by_name:
+            starred = "".join(f" ({name}: *)" for name in (more, less) if by_name[name][1])
+            cells = []
+            for task in TASKS:
+                a, b = (found(by_name[name][0], task, length) for name in (more, less))
+                difference, error = a["exact"] - b["exact"], math.hypot(a["exact_error"], b["exact_error"])
+                word = "shown" if difference > 2 * error else "reversed" if -difference > 2 * error else "not shown"
+                cells.append(f"{a['exact']:.2f} against {b['exact']:.2f}: {word}")
+            lines.append(f"| {says} | {more}; {less}{starred} | {length:,} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def longest(entry: dict) -> int:

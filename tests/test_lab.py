@@ -355,6 +355,7 @@ def test_records_are_made_once_and_make_a_page(corpus_folder, checkpoint, tmp_pa
     long_context.main(["--out", str(tmp_path / "page")])
     text = (tmp_path / "page.md").read_text()
     assert "| R | 0.25 ± 0.00" in text and "\n| RN | " in text and "\n| N | " in text and "R, extended with YARN" in text and "## multi-key" in text and (tmp_path / "page.png").exists()
+    assert text.count("0.25 against 0.25: not shown") == 2 * len(long_context.REPORTED)  # every row that it speaks of is there
     with pytest.raises(SystemExit):
         long_context.main(["--only", "Q"])
     assert "'Q' is unknown" in capsys.readouterr().err
