@@ -78,7 +78,7 @@ def rows_from(name: str, plan: Plan, corpus: Corpus):
         yield "R, dropped at the end, its scale", record(dropped, corpus, {"length_scale": "drope"})
 
 
-def page(made: list[tuple[str, dict]], rates: list[float]) -> str:
+def page(made: list[tuple[str, dict]], rates: list[float], picture: str) -> str:
     """Markdown: how it was made, and a table a task."""
     first = made[0][1]
     lines = [
@@ -89,6 +89,8 @@ def page(made: list[tuple[str, dict]], rates: list[float]) -> str:
         f"Rows marked * come from a base run that found fewer than {LEARNED} in its own table at {TRAINED} (four asked among eight), three times the steps included: it had not learned that, and they say "
         f"nothing about length, but for a task whose own column at {TRAINED} is high all the same.",
         "NoPE layers begin with queries half like their keys (model.py); RoPE layers, and so models converted from them, do not: one row tells what that does.",
+        "",
+        f"![exact match against context length, before and after extension]({picture})",
     ]
     for task in TASKS:
         lines += ["", f"## {task}", "", "| | " + " | ".join(f"{n:,}" for n in LENGTHS) + " |", "| --- |" + " --- |" * len(LENGTHS)]
@@ -123,15 +125,17 @@ def longest(entry: dict) -> int:
 
 
 def plot(made: list[tuple[str, dict]], out: Path) -> None:
-    """Exact match against length, a panel a task, the base rows and their extensions."""
+    """Exact match against length, a panel a task: a colour a base run, dashed what it was extended to."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     axes = figure.subplots(1, len(TASKS))
     for axis, task in zip(axes, TASKS):
-        for name, entry in made:
-            style = "-" if name.rstrip(" *") in BASES else "--" if "extended" in name else ":"
-            axis.plot(LENGTHS, [found(entry, task, n)["exact"] for n in LENGTHS], style, marker=".", label=name)
+        for i, base in enumerate(BASES):
+            mine = [(name, entry) for name, entry in made if name.rstrip(" *") == base or name.startswith(f"{base}, extended")]
+            for (name, entry), marker in zip(mine, ".osv^"):
+                style = "-" if name.rstrip(" *") == base else "--"
+                axis.plot(LENGTHS, [found(entry, task, n)["exact"] for n in LENGTHS], style, marker=marker, markersize=4, color=f"C{i}", label=name)
         axis.set(title=task, xscale="log", xlabel="context, tokens", ylabel="exact match", ylim=(-0.03, 1.03))
         axis.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS])
         axis.minorticks_off()
@@ -166,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}: " + "; ".join(f"{task} " + " ".join(f"{found(entry, task, n)['exact']:.2f}" for n in LENGTHS) for task in TASKS), flush=True)
     except subprocess.CalledProcessError as error:
         fail(f"a training failed (status {error.returncode}): the newest log under {WORK} says why; rows done are kept")
-    Path(f"{args.out}.md").write_text(page(made, args.rates) + "\n")
+    Path(f"{args.out}.md").write_text(page(made, args.rates, f"{args.out.name}.png") + "\n")
     plot(made, Path(f"{args.out}.png"))
     print(f"written to {args.out}.md and {args.out}.png")
 
