@@ -500,6 +500,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         stop(f"interrupted after step {run.step}: go on with --resume {run.out}")
 
+
 def main_of_rank() -> None:
     """`main` in one of several processes, which then ends as it is: to take its connections down may abort, or wait for one that is gone."""
     try:

@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from attention import visible_pairs
+import torch
+
 from data.commandline import CommandLine, fail
 from data.corpus import Corpus, load_corpus
 from lab import cost
 from lab.evaluate import mean_and_error
 from lab.runs import HERE, LEARNED, RATES, TASKS, TIMES, WORK, Plan, at_rate, at_trained_length, best, default_corpus, extension, found, has_learned, kept, record
-from model import ModelConfig, Transformer, layer_plan
+from model import ModelConfig, Transformer
 from recipe import read_toml
 
 RESULTS = HERE / "results"
@@ -209,9 +210,8 @@ def _sink(lab: Lab) -> list[Part]:
 
 def _entropy(lab: Lab) -> list[Part]:
     r, qk = lab.mass(lab.extended("R"), "entropy_share"), lab.mass(lab.extended("QK-Norm"), "entropy_share")
-    above_r = above("entropy / log2(keys): QK-Norm > R", ("R", r), ("QK-Norm", qk))
     return [
-        Part(above_r.says, above_r.shown, [-d for d in above_r.differences]),
+        above("entropy / log2(keys): QK-Norm > R", ("QK-Norm", qk), ("R", r)),
         Part("the ratio is between 1.5 and 2.5", {"QK-Norm / R": [y / x for x, y in zip(r, qk)]}, [0.5 - abs(y / x - 2) for x, y in zip(r, qk)]),
     ]
 
@@ -280,19 +280,15 @@ def _cost(lab: Lab) -> list[Part]:
 
 def costs(repeat: int) -> dict:
     """Cache, training step and FLOPs of rrrN over R's at one length, measured once in processes of their own, or read from the record."""
-    device = "cuda" if cost.torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes, length = cost.SIZES[device], cost.LENGTHS[device][-1]
 
     def make() -> dict:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             full, swa = (pool.apply(cost.measure, (pattern, length, sizes, device)) for pattern in ("R", "rrrN"))
-        flops = [6 * n + 12 * sizes["d_model"] * sum(visible_pairs(length, spec.window) for spec in layer_plan(config)) / length for config, n in map(sized, ("R", "rrrN"))]
-        return {"length": length, "cache": swa.cache_bytes / full.cache_bytes, "cache_promised": swa.cache_promised, "step": swa.train_ms / full.train_ms, "flops": flops[1] / flops[0]}
-
-    def sized(pattern: str) -> tuple[ModelConfig, int]:
-        with cost.torch.device("meta"):
-            model = Transformer(ModelConfig(pattern=pattern, **sizes))
-        return model.config, model.matmul_parameters()
+        with torch.device("meta"):
+            flops_full, flops_swa = (Transformer(ModelConfig(pattern=pattern, **sizes)).flops_per_token(length) for pattern in ("R", "rrrN"))
+        return {"length": length, "cache": swa.cache_bytes / full.cache_bytes, "cache_promised": swa.cache_promised, "step": swa.train_ms / full.train_ms, "flops": flops_swa / flops_full}
 
     return kept(["cost", device, length, repeat], make)
 

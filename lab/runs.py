@@ -78,7 +78,7 @@ def finished(folder: Path) -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Has this CPU bfloat16 units (AVX512-BF16, AMX)? A training step then takes some two thirds of its time in float32."""
+    """Has this CPU bfloat16 units (AVX512-BF16, AMX)? `python -m lab.speed job` tells what they save."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -415,6 +415,7 @@ def job_times(setup: Setup, argv: tuple) -> str:
         model.config, parts = stage.config, {}
 
         def clock(part: str, work: Callable):
+            """work(), its seconds noted under `part`."""
             started = setup.clock()
             result = work()
             if setup.cuda:

@@ -14,7 +14,7 @@ from data.needles import NEEDLE, QC, Needles
 from lab import attention_mass, reproduce, runs
 from lab.attention_mass import SEGMENTS, example_spent, spent
 from lab.reproduce import CLAIMS, VARIANTS, Part, summary, verdict
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, layer_plan
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_masses_are_those_of_the_full_matrices(needles, pattern):
     with torch.inference_mode():
         model(torch.from_numpy(example.tokens)[None], weights=weights)
     rows = np.flatnonzero(example.segment == QC)
-    for found, (w, _), spec in zip(example_spent(model, example), weights, reproduce.layer_plan(config)):
+    for found, (w, _), spec in zip(example_spent(model, example), weights, layer_plan(config)):
         for h in range(2):
             slow = dict.fromkeys([*SEGMENTS, "recent", "entropy", "entropy_share"], 0.0)
             for i in rows:
