@@ -488,24 +488,30 @@ class Attention(nn.Module):
         if ssmax:
             self.s_scale = nn.Parameter(torch.full((n_head,), 0.168))
 
+    def _heads(self, x: Tensor, norm: LayerNorm | None = None, table: Tensor | None = None) -> Tensor:
+        """x (b t (h d)) -> (b h t d), normed and then rotated where there is a norm and a table."""
+        b, t, _ = x.shape
+        x = x.view((b, -1, 1, self.head_dim) if t == 1 else (b, t, -1, self.head_dim))  # of one token t and h may change places as they are
+        if norm is not None:
+            x = norm(x).type_as(x)  # autocast would leave it wider
+        if table is not None:
+            x = rotate(x, table)
+        return x if t == 1 else x.transpose(1, 2)
+
+    def remember(self, k: Tensor, v: Tensor, spec: LayerSpec, context: Context, layer: int) -> tuple[Tensor, Tensor]:
+        """k and v (b t (k d)), as `k_proj` and `v_proj` give them -> those that the queries meet (b k s d), with what the cache holds and now keeps."""
+        k, v = self._heads(k, self.k_norm, context.table if spec.rope else None), self._heads(v)
+        return (k, v) if context.cache is None else context.cache.extend(layer, k, v, context.slots)
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, context: Context, layer: int) -> Tensor:
         """What the heads find, between the projections: q (b t (h d)), k and v (b t (k d)), as `q_proj`, `k_proj` and `v_proj` give them -> (b t (h d)), as `o_proj` takes it."""
         b, t, _ = q.shape
-        shape = (b, -1, 1, self.head_dim) if t == 1 else (b, t, -1, self.head_dim)  # of one token t and h may change places as they are
-        q, k, v = q.view(shape), k.view(shape), v.view(shape)
-        if self.q_norm is not None:  # before the rotation
-            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)  # autocast would leave them wider than v
-        if spec.rope:
-            q, k = rotate(q, context.table), rotate(k, context.table)
-        if t > 1:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # b t h d -> b h t d
+        q = self._heads(q, self.q_norm, context.table if spec.rope else None)
+        k, v = self.remember(k, v, spec, context, layer)
         if not spec.rope and spec.window is None and context.scale is not None:
             scale = context.scale[:, None]  # (t 1) against q (b h t d)
-            q = (q * (scale if self.s_scale is None else scale * self.s_scale[:, None, None])).type_as(v)
-        q_pos = k_pos = None
-        if context.cache is not None:
-            k, v = context.cache.extend(layer, k, v, context.slots)
-            q_pos, k_pos = context.q_pos, context.k_pos and context.k_pos[spec.window]
+            q = (q * (scale if self.s_scale is None else scale * self.s_scale[:, None, None])).type_as(q)
+        q_pos, k_pos = context.q_pos, context.k_pos and context.k_pos[spec.window]
         if context.weights is not None:
             positions = _positions(q, k, q_pos, k_pos)
             context.weights.append((attention_weights(q, k, spec.window, *positions), positions[1]))

@@ -165,9 +165,12 @@ class Block(nn.Module):
         self.widths = [matrix.out_features for matrix in self.matrices()[0]]
         self.joined: tuple[Tensor, ...] = ()  # see `join`
 
-    def forward(self, x: Tensor, spec: LayerSpec, context: Context, layer: int) -> Tensor:
-        """x (b t c) -> (b t c)."""
+    def forward(self, x: Tensor, spec: LayerSpec, context: Context, layer: int, remember: bool = False) -> Tensor:
+        """x (b t c) -> (b t c). `remember`: only the keys and values, for the cache; x as it is."""
         h, attn = self.input_layernorm(x), self.self_attn
+        if remember:
+            attn.remember(attn.k_proj(h), attn.v_proj(h), spec, context, layer)
+            return x
         if context.joined:  # the same in two products
             q, k, v, gate, up = (h @ self.joined[0]).split_with_sizes(self.widths, dim=-1)
             found = torch.cat((attn.mix(q, k, v, spec, context, layer), F.silu(gate) * up), dim=-1)
@@ -285,17 +288,18 @@ class Transformer(nn.Module):
         return self.unembed(self.hidden(tokens, cache, weights=weights))
 
     def hidden(
-        self, tokens: Tensor, cache: KVCache | None = None, layers: list | None = None, weights: list | None = None, joined: bool = False
+        self, tokens: Tensor, cache: KVCache | None = None, layers: list | None = None, weights: list | None = None, joined: bool = False, last: bool = True
     ) -> Tensor:
         """(b t c) after the final norm. A list given as `layers` collects the residual stream: embeddings, then each block's.
-        `joined`: multiply by the matrices that `Block.join` has laid together."""
+        `joined`: multiply by the matrices that `Block.join` has laid together. Without `last` the last layer only fills its cache."""
         plan, *_ = self._read_config()
         x = self.embed_tokens(tokens)
         context = self._context(plan, tokens.shape[1], tokens.device, cache, weights, joined)
         if layers is not None:
             layers.append(x)
         for i, (block, spec) in enumerate(zip(self.layers, plan, strict=True)):
-            x = recompute(block, x, spec, context, i, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x, spec, context, i)
+            args = x, spec, context, i, not last and i == len(plan) - 1
+            x = recompute(block, *args, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(*args)
             if layers is not None:
                 layers.append(x)
         return self.norm(x)
@@ -387,13 +391,18 @@ class Transformer(nn.Module):
         _require(low >= 0 and high < v, f"token {low if low < 0 else high} is outside the vocabulary of {v}")
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read tokens (b t) into the cache by chunks; logits (b v) for the token after the last."""
+    def fill(self, tokens: Tensor, cache: KVCache) -> None:
+        """Read tokens (b t) into the cache by chunks. No more of the last layer than its keys and values: nothing comes after it to read the rest."""
         first = FIRST_CHUNK if cache.length == 0 else PREFILL_CHUNK
         for chunk in (tokens[:, :first], *tokens[:, first:].split(PREFILL_CHUNK, dim=1)):
             if chunk.shape[1]:
-                hidden = self.hidden(chunk, cache)
-        return self.unembed(hidden[:, -1:])[:, 0]
+                self.hidden(chunk, cache, last=False)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Read tokens (b t) into the cache; logits (b v) for the token after the last."""
+        self.fill(tokens[:, :-1], cache)
+        return self(tokens[:, -1:], cache)[:, 0]
 
     def compile_decoding(self) -> None:
         """Compile the decode step (into a CUDA graph, on CUDA): seconds or minutes once, then less time a token."""

@@ -91,7 +91,7 @@ def example_spent(model: Transformer, example: Example) -> list[dict[str, Tensor
     tokens, segment = torch.from_numpy(example.tokens).to(device)[None], torch.from_numpy(example.segment).to(device)
     first = int((segment == QC).int().argmax())
     cache, weights = model.new_cache(1, tokens.shape[1]), []
-    model.prefill(tokens[:, :first], cache)
+    model.fill(tokens[:, :first], cache)
     model(tokens[:, first:], cache=cache, weights=weights)
     q_pos = torch.arange(first, tokens.shape[1], device=device)
     return [spent(w[0], q_pos, k_pos, segment, spec.window) for (w, k_pos), spec in zip(weights, layer_plan(model.config))]

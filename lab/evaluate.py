@@ -87,14 +87,17 @@ class Score:
 
 @torch.inference_mode()
 def needle_score(model: Transformer, examples: list[Example]) -> Score:
-    """Score examples of one length in one teacher-forced pass each: greedy is right exactly when every argmax is."""
+    """Score examples of one length teacher-forced, each in one pass: greedy is right exactly when every argmax is."""
     exact, digits, questions = [], [], 0
     device = next(model.parameters()).device
     for example in examples:
         tokens, answer = torch.from_numpy(example.tokens), torch.from_numpy(example.answer)[1:]
         asked = answer >= 0
-        hidden = model.hidden(tokens[None, :-1].to(device))[0, asked.to(device)]
-        right = (model.unembed(hidden).argmax(-1).cpu() == tokens[1:][asked]).numpy()
+        first = int(asked.int().argmax())  # what stands before is only read
+        cache, tokens, asked, answer = model.new_cache(1, len(tokens)), tokens[None].to(device), asked[first:], answer[first:]
+        model.fill(tokens[:, :first], cache)
+        hidden = model.hidden(tokens[:, first:-1], cache)[0, asked.to(device)]
+        right = (model.unembed(hidden).argmax(-1) == tokens[0, first + 1 :][asked.to(device)]).cpu().numpy()
         answer = answer[asked].numpy()
         whole = [right[answer == i].all() for i in np.unique(answer)]
         exact.append(np.mean(whole))

@@ -58,7 +58,7 @@ def loss(model: Transformer, ids: np.ndarray, end: int, context: int, eot: int) 
     sequence = torch.from_numpy(np.concatenate(([eot], ids[end - context : end])).astype(np.int64)).to(model.embed_tokens.weight.device)
     cache = model.new_cache(1, context)
     if context > TARGETS:
-        model.prefill(sequence[None, : context - TARGETS], cache)
+        model.fill(sequence[None, : context - TARGETS], cache)
     logits = model(sequence[None, context - TARGETS : context], cache=cache)[0]
     return F.cross_entropy(logits.float(), sequence[-TARGETS:]).item()
 

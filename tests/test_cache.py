@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import model as model_module
-from attention import KVCache, LayerSpec
+from attention import Attention, KVCache, LayerSpec
 from model import ModelConfig, Transformer, layer_plan, sample_token
 
 V = 23
@@ -206,6 +206,22 @@ def test_prefill_is_the_last_logits_whatever_its_chunk(monkeypatch):
         monkeypatch.setattr(model_module, "FIRST_CHUNK", first)
         monkeypatch.setattr(model_module, "PREFILL_CHUNK", chunk)
         torch.testing.assert_close(model.prefill(tokens, model.new_cache(2, 23)), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("pattern", ["R", "rrrN", "Nrrr", "n"])
+def test_fill_leaves_what_a_whole_forward_leaves(pattern, monkeypatch):
+    """The last layer computes nothing but keys and values, and what follows sees no difference; the cache has the same content."""
+    model, tokens = tiny(pattern, n_layer=4), text(2, 23)
+    monkeypatch.setattr(model_module, "FIRST_CHUNK", 9)
+    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 5)
+    whole, filled, attended = model.new_cache(2, 23), model.new_cache(2, 23), []
+    expected = model(tokens, cache=whole)
+    monkeypatch.setattr(type(model.layers[-1].self_attn), "mix", lambda self, *args, mix=Attention.mix: attended.append(args[-1]) or mix(self, *args))
+    model.fill(tokens[:, :17], filled)
+    assert set(attended) == set(range(len(model.layers) - 1))
+    torch.testing.assert_close(model(tokens[:, 17:], cache=filled), expected[:, 17:], rtol=0, atol=1e-11)
+    for a, b in zip((*filled.k, *filled.v, *filled.positions.values()), (*whole.k, *whole.v, *whole.positions.values())):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 # Text

@@ -66,7 +66,7 @@ class Planted:
     def new_cache(self, batch_size, max_length):
         return None
 
-    def prefill(self, tokens, cache):
+    def fill(self, tokens, cache):
         self.read = tokens.shape[1]
 
     def __call__(self, tokens, cache, weights):

@@ -323,13 +323,20 @@ def test_needle_score_on_planted_answers(corpus_folder):
             super().__init__()
             self.p, self.wrong = torch.nn.Parameter(torch.zeros(())), wrong
 
-        def hidden(self, tokens):
-            example = next(e for e in examples if np.array_equal(e.tokens[:-1], tokens[0].numpy()))
+        def new_cache(self, batch_size, max_length):
+            return []
+
+        def fill(self, tokens, cache):
+            cache.append(tokens[0].numpy())
+
+        def hidden(self, tokens, cache):
+            read = np.concatenate((*cache, tokens[0].numpy()))
+            example = next(e for e in examples if np.array_equal(e.tokens[:-1], read))
             self.next = example.tokens[1:].copy()
             ends = np.flatnonzero((example.answer[1:] >= 0) & (np.append(example.answer[2:], -1) != example.answer[1:]))
             if self.wrong:
                 self.next[ends] = 0
-            return torch.from_numpy(self.next)[None, :, None].float()
+            return torch.from_numpy(self.next)[None, -tokens.shape[1] :, None].float()
 
         def unembed(self, hidden):
             return torch.nn.functional.one_hot(hidden[..., 0].long(), 1024).float()
