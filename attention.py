@@ -27,6 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 BACKENDS = ("auto", "reference", "sdpa", "banded", "flex")
 ROPE_SCALINGS = ("none", "pi", "ntk", "yarn")
 LENGTH_SCALES = ("none", "swan", "llama4", "drope", "ssmax")
+BLOCKED = range(65, 1025)  # lengths at which `_causal` is the faster on CPU
 
 
 @dataclass(frozen=True)
@@ -280,8 +281,8 @@ def attend(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
     """PyTorch's fused kernel. mask (t s); without one and without `causal` every query sees every key."""
-    group = q.shape[1] // k.shape[1]
-    if q.shape[2] == 1:  # decoding: the queries of a group become the rows of one product with their shared keys
+    group, t = q.shape[1] // k.shape[1], q.shape[2]
+    if t == 1:  # decoding: the queries of a group become the rows of one product with their shared keys
         b, h, _, d = q.shape
         return F.scaled_dot_product_attention(q.reshape(b, h // group, group, d), k, v, mask).reshape(b, h, 1, -1)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:  # PyTorch's backward pass takes three times as long in bfloat16 there
@@ -289,7 +290,20 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = F
             return _sdpa(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
     if mask is not None and q.is_cuda and group > 1:  # CUDA's masked kernels do not group: PyTorch would write out (t s)
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if causal and q.device.type == "cpu" and t in BLOCKED:
+        return _causal(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full causal attention by blocks of queries, each with the keys up to its end: where a block's keys fit PyTorch's CPU kernel at once, a
+    dense mask costs it less than its own causal order."""
+    found, end = [], 0
+    for block in q.split(max(64, q.shape[2] // 8), dim=2):
+        start, end = end, end + block.shape[2]
+        mask = visible(torch.arange(start, end)[:, None], torch.arange(end)[None, :])
+        found.append(_sdpa(block, k[:, :, :end], v[:, :, :end], mask))
+    return torch.cat(found, dim=2)
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
