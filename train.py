@@ -13,23 +13,19 @@ import math
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import parallel
 import recipe as recipes
 from attention import choose_backend
 from data.batches import Batch, held_out_examples, prefetch, training_batch
@@ -40,6 +36,7 @@ from data.prepare import prepare_stdlib
 from data.tokenizer import load_tokenizer
 from lab.evaluate import needle_score, needle_table, validation_loss
 from model import Transformer, layer_plan
+from parallel import LOCAL_RANK, LOCAL_RANKS, RANK, RANKS
 from recipe import Recipe, Stage
 
 HERE = Path(__file__).parent
@@ -96,65 +93,6 @@ def make_optimizers(model: Transformer, recipe: Recipe) -> list[torch.optim.Opti
     muon = Muon([p for matrix, p in named if matrix], recipe.lr, recipe.weight_decay)
     adamw = torch.optim.AdamW([p for matrix, p in named if not matrix], recipe.lr, betas=(0.9, 0.95), weight_decay=0)
     return [muon, adamw]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data parallel: every process reads the same input and makes the same batches, and takes its rows of each. A batch's weights
-# were counted over all of it, so the ranks' losses and gradients add up. Rank 0 alone prints, evaluates and writes.
-
-RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))  # as torchrun says
-INTERRUPTS: list[int] = []  # Ctrl-C during the steps, which the ranks tell each other of, for one that stops alone leaves others waiting
-
-
-@contextmanager
-def rank_0_first() -> Iterator[None]:
-    """Rank 0 passes the block before the others, which leave in silence where it fails: it has said why."""
-    passed = [False]
-    if RANKS > 1:  # they wait for rank 0 as long as it takes: it prepares the corpus, evaluates and saves
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
-    if RANK > 0:
-        dist.broadcast_object_list(passed)
-        if not passed[0]:
-            sys.exit()
-    try:
-        yield
-        passed = [True]
-    finally:
-        if RANK == 0 and RANKS > 1:
-            dist.broadcast_object_list(passed)
-
-
-class Loss(nn.Module):
-    """`model.loss` as a module's forward, which is what DistributedDataParallel wraps."""
-
-    def __init__(self, model: Transformer, compiled: bool):
-        super().__init__()
-        self.model = model
-        self.forward = torch.compile(model.loss) if compiled else model.loss
-
-
-def parallel(loss: Loss) -> nn.Module:
-    """The loss of a rank's rows, whose gradients become the mean of all ranks'."""
-    torch._dynamo.config.optimize_ddp = False  # one graph, as in one process: splitting it has failed at FlexAttention and checkpointing (pytorch#137481, #104674)
-    idle = loss.model.layers[0].self_attn.s_scale is not None  # ssmax's scales get no gradient but in full NoPE layers
-    return DistributedDataParallel(loss, find_unused_parameters=idle)
-
-
-def add_up(value: Tensor) -> float:
-    """The sum over the ranks of a scalar. KeyboardInterrupt in all of them where one was interrupted."""
-    if RANKS == 1:
-        return value.item()
-    sums = torch.stack([value, torch.full_like(value, len(INTERRUPTS))])
-    dist.all_reduce(sums)
-    total, interrupts = sums.tolist()
-    if interrupts:
-        raise KeyboardInterrupt
-    return total
-
-
-def stop(error: Exception | str) -> None:
-    """What all ranks have met at once, said by one of them, with exit status 2."""
-    sys.exit() if RANK > 0 else fail(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,10 +244,10 @@ def train(run: Run) -> None:
     if RANK == 0:
         announce(run, stages)
     held_out = Needles(corpus.tokenizer, corpus.val, evaluation=True) if run.needles else None
-    loss = Loss(model, run.compile)
+    loss = parallel.Loss(model, run.compile)
     if RANKS > 1:
-        loss = parallel(loss)
-        signal.signal(signal.SIGINT, lambda number, _: INTERRUPTS.append(number))
+        loss = parallel.wrap(loss)
+        parallel.share_interrupts()
     log = Log(run.out / "log.jsonl" if RANK == 0 else Path(os.devnull), run.step)
     if RANK == 0 and run.step == 0 and run.max_steps > 0:
         save(run)  # so that there is something to resume from the first moment
@@ -349,8 +287,8 @@ def train(run: Run) -> None:
     bar.close()
     if run.step:
         model.config = stage_at(stages, run.step - 1).config
-    if RANKS > 1:  # nobody waits for the others any more
-        signal.signal(signal.SIGINT, signal.SIG_DFL if RANK > 0 else signal.default_int_handler)
+    if RANKS > 1:
+        parallel.keep_interrupts()
     if RANK == 0:
         finish(run, held_out, log)
 
@@ -382,7 +320,7 @@ def update(run: Run, batch: Batch, loss_of: nn.Module, lr: float) -> tuple[float
         (RANKS * loss).backward()  # against the mean over the ranks
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
-    value, norm = add_up(total), norm.item()
+    value, norm = parallel.add_up(total), norm.item()
     if math.isfinite(value) and math.isfinite(norm):
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
@@ -487,32 +425,19 @@ def finish(run: Run, held_out: Needles | None, log: Log) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command. Bad input, a loss that is not finite and exhausted memory are one line and status 2."""
     try:
-        with rank_0_first():
+        with parallel.rank_0_first():
             run = read(argv)
     except (ValueError, OSError) as error:
         fail(error)
     try:
         train(run)
     except FloatingPointError as error:
-        stop(error)
+        parallel.stop(error)
     except torch.OutOfMemoryError:
         fail(f"out of memory with --micro-batch {run.micro_batch} tokens on {run.device}: give a smaller --micro-batch")
     except KeyboardInterrupt:
-        stop(f"interrupted after step {run.step}: go on with --resume {run.out}")
-
-
-def main_of_rank() -> None:
-    """`main` in one of several processes, which then ends as it is: to take its connections down may abort, or wait for one that is gone."""
-    try:
-        main()
-        dist.barrier()  # rank 0 may still be evaluating
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        parallel.stop(f"interrupted after step {run.step}: go on with --resume {run.out}")
 
 
 if __name__ == "__main__":
-    main() if RANKS == 1 else main_of_rank()
+    main() if RANKS == 1 else parallel.end(main)
