@@ -27,7 +27,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 BACKENDS = ("auto", "reference", "sdpa", "banded", "flex")
 ROPE_SCALINGS = ("none", "pi", "ntk", "yarn")
 LENGTH_SCALES = ("none", "swan", "llama4", "drope", "ssmax")
-BLOCKED = range(65, 1025)  # lengths at which `_causal` is the faster on CPU
 
 
 @dataclass(frozen=True)
@@ -237,7 +236,7 @@ def make_mask(
     if backend != "sdpa":
         return None
     if q_pos is None and (window is None or window >= length):
-        return None  # is_causal says it, and lets the kernel skip the upper triangle
+        return None  # `_sdpa` is told `causal`, and the upper triangle is skipped
     if q_pos is None:
         q_pos = k_pos = torch.arange(length, device=device)
     return visible(q_pos[:, None], k_pos[None, :], window)
@@ -290,18 +289,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = F
             return _sdpa(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
     if mask is not None and q.is_cuda and group > 1:  # CUDA's masked kernels do not group: PyTorch would write out (t s)
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    if causal and q.device.type == "cpu" and t in BLOCKED:
+    if causal and q.device.type == "cpu" and 64 < t <= 1024:
         return _causal(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full causal attention by blocks of queries, each with the keys up to its end: where a block's keys fit PyTorch's CPU kernel at once, a
-    dense mask costs it less than its own causal order."""
+    """Full causal attention on CPU by blocks of queries, each with the keys up to its end and a dense mask: measured, forward and backward, to take
+    an eighth to a quarter less time than PyTorch's own causal order up to some 1,024 tokens, and more beyond."""
     found, end = [], 0
     for block in q.split(max(64, q.shape[2] // 8), dim=2):
         start, end = end, end + block.shape[2]
-        mask = visible(torch.arange(start, end)[:, None], torch.arange(end)[None, :])
+        mask = visible(torch.arange(start, end, device=q.device)[:, None], torch.arange(end, device=q.device)[None, :])
         found.append(_sdpa(block, k[:, :, :end], v[:, :, :end], mask))
     return torch.cat(found, dim=2)
 
@@ -513,7 +512,7 @@ class Attention(nn.Module):
         return x if t == 1 else x.transpose(1, 2)
 
     def remember(self, k: Tensor, v: Tensor, spec: LayerSpec, context: Context, layer: int) -> tuple[Tensor, Tensor]:
-        """k and v (b t (k d)), as `k_proj` and `v_proj` give them -> those that the queries meet (b k s d), with what the cache holds and now keeps."""
+        """k and v (b t (k d)), as `k_proj` and `v_proj` give them -> those that the queries meet (b k s d), which are stored in the cache where there is one."""
         k, v = self._heads(k, self.k_norm, context.table if spec.rope else None), self._heads(v)
         return (k, v) if context.cache is None else context.cache.extend(layer, k, v, context.slots)
 
