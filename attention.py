@@ -395,10 +395,14 @@ class KVCache:
         """Bytes of keys and values if every layer held everything."""
         return sum(x.nbytes // rows * self.max_length for xs in (self.k, self.v) for x, rows in zip(xs, self.rows))
 
-    def reserve(self, t: int) -> None:
-        """Count t more tokens. Raises ValueError, and changes nothing, when the cache is full."""
+    def check_room(self, t: int) -> None:
+        """ValueError where t more tokens do not fit."""
         if self.length + t > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens and has {self.length}: {t} more need a larger max_length")
+
+    def reserve(self, t: int) -> None:
+        """Count t more tokens. Raises ValueError, and changes nothing, when the cache is full."""
+        self.check_room(t)
         self.length += t
 
     def fork(self, n: int) -> "KVCache":
@@ -512,7 +516,7 @@ class Attention(nn.Module):
         return x if t == 1 else x.transpose(1, 2)
 
     def remember(self, k: Tensor, v: Tensor, spec: LayerSpec, context: Context, layer: int) -> tuple[Tensor, Tensor]:
-        """k and v (b t (k d)), as `k_proj` and `v_proj` give them -> those that the queries meet (b k s d), which are stored in the cache where there is one."""
+        """k and v (b t (k d)), as `k_proj` and `v_proj` give them, stored in the cache where there is one -> those that the queries meet (b k s d)."""
         k, v = self._heads(k, self.k_norm, context.table if spec.rope else None), self._heads(v)
         return (k, v) if context.cache is None else context.cache.extend(layer, k, v, context.slots)
 

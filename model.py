@@ -291,7 +291,8 @@ class Transformer(nn.Module):
         self, tokens: Tensor, cache: KVCache | None = None, layers: list | None = None, weights: list | None = None, joined: bool = False, last: bool = True
     ) -> Tensor:
         """(b t c) after the final norm. A list given as `layers` collects the residual stream: embeddings, then each block's.
-        `joined`: multiply by the matrices that `Block.join` has laid together. Without `last` the last layer only fills its cache."""
+        `joined`: multiply by the matrices that `Block.join` has laid together. Without `last` the last layer
+        only fills its cache, and what is returned is of no use."""
         plan, *_ = self._read_config()
         x = self.embed_tokens(tokens)
         context = self._context(plan, tokens.shape[1], tokens.device, cache, weights, joined)
@@ -392,7 +393,9 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def fill(self, tokens: Tensor, cache: KVCache) -> None:
-        """Read tokens (b t) into the cache by chunks. No more of the last layer than its keys and values: nothing comes after it to read the rest."""
+        """Read tokens (b t) into the cache by chunks. No more of the last layer than its keys and values: nothing comes after it to read the rest.
+        Raises ValueError, and reads nothing, where they do not fit."""
+        cache.check_room(tokens.shape[1])
         first = FIRST_CHUNK if cache.length == 0 else PREFILL_CHUNK
         for chunk in (tokens[:, :first], *tokens[:, first:].split(PREFILL_CHUNK, dim=1)):
             if chunk.shape[1]:
@@ -400,7 +403,8 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read tokens (b t) into the cache; logits (b v) for the token after the last."""
+        """Read tokens (b t) into the cache; logits (b v) for the token after the last. Raises ValueError as `fill` does."""
+        cache.check_room(tokens.shape[1])
         self.fill(tokens[:, :-1], cache)
         return self(tokens[:, -1:], cache)[:, 0]
 

@@ -84,7 +84,7 @@ def stop(error: Exception | str) -> None:
     sys.exit() if RANK > 0 else fail(error)
 
 
-def end(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None]) -> None:
     """Run `main` in one of several processes, which then ends as it is: to take its connections down may abort, or wait for one that is gone."""
     try:
         main()

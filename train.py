@@ -440,4 +440,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main() if RANKS == 1 else parallel.end(main)
+    main() if RANKS == 1 else parallel.run(main)

@@ -163,8 +163,9 @@ def test_past_max_length(held, t):
     if held:
         model(text(2, held), cache=cache)
     before = contents(cache)
-    with pytest.raises(ValueError, match=f"the cache holds 10 tokens and has {held}: {t} more need a larger max_length"):
-        model(text(2, t), cache=cache)
+    for read in (model, model.prefill, model.fill):
+        with pytest.raises(ValueError, match=f"the cache holds 10 tokens and has {held}: {t} more need a larger max_length"):
+            read(text(2, t), cache=cache)
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(before, contents(cache)))
     if held < 10:  # and it still works
         whole = torch.cat((text(2, held), text(2, 10 - held, seed=3)), 1) if held else text(2, 10)
@@ -208,10 +209,12 @@ def test_prefill_is_the_last_logits_whatever_its_chunk(monkeypatch):
         torch.testing.assert_close(model.prefill(tokens, model.new_cache(2, 23)), expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("pattern", ["R", "rrrN", "Nrrr", "n"])
-def test_fill_leaves_what_a_whole_forward_leaves(pattern, monkeypatch):
+@pytest.mark.parametrize(
+    "pattern,more", [("R", {}), ("rrrN", {}), ("Nrrr", {}), ("n", {}), ("R", {"qk_norm": True}), ("rN", {"length_scale": "ssmax"}), ("rN", {"length_scale": "swan", "trained_length": 8})]
+)
+def test_fill_leaves_what_a_whole_forward_leaves(pattern, more, monkeypatch):
     """The last layer computes nothing but keys and values, and what follows sees no difference; the cache has the same content."""
-    model, tokens = tiny(pattern, n_layer=4), text(2, 23)
+    model, tokens = tiny(pattern, n_layer=4, **more), text(2, 23)
     monkeypatch.setattr(model_module, "FIRST_CHUNK", 9)
     monkeypatch.setattr(model_module, "PREFILL_CHUNK", 5)
     whole, filled, attended = model.new_cache(2, 23), model.new_cache(2, 23), []

@@ -561,3 +561,14 @@ def test_names_are_hugging_faces():
 def test_generate_refuses(message, tokens, more):
     with pytest.raises(ValueError, match=message):
         tiny().generate(torch.tensor(tokens, dtype=torch.long), **more)
+
+
+def test_a_compiled_loss_at_one_length_after_another():
+    """As `train.py --compile` goes from phase to phase: the second length is where dynamo makes lengths symbolic."""
+    model = tiny("rN")
+    loss = torch.compile(model.loss, backend="eager")
+    for t in (70, 140, 300, 1100, 70):
+        tokens = text(1, t)
+        compiled, eager = (gradients(model, f(tokens[:, :-1], tokens[:, 1:])) for f in (loss, model.loss))
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-11)
+    torch._dynamo.reset()
