@@ -357,7 +357,7 @@ CLAIMS = {
         "One full layer to three windowed ones (section 5)",
         "chosen; no figures published",
         _ratio,
-        "With two million tokens the patterns differ mostly in how soon they learn.",
+        "With two million tokens the patterns differ mostly in how soon they learn to retrieve, and that differs by seed.",
     ),
     10: Claim(
         "RNoPE-SWA is no worse than RoPE at short context (section 5)",
@@ -482,7 +482,7 @@ def plot(lab: Lab, out: Path) -> None:
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         row[0].set_ylabel("needles found (exact match)")
-    axes[0, -1].legend(title="dotted: that task\nnot learned", loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0, -1].legend(title="dotted: that task not\nlearned in every seed", loc="upper left", bbox_to_anchor=(1, 1))
     for axis in axes[-1]:
         axis.set_xlabel("context, tokens")
     figure.savefig(out, dpi=120)
