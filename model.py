@@ -228,7 +228,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(hidden), rows):
             h, y, w = hidden[i : i + rows], targets[i : i + rows], weights[i : i + rows]
             logp = F.linear(scale * h, matrix).to(w.dtype).log_softmax(-1)
-            total += F.nll_loss(logp, y, reduction="none").dot(w)
+            total = total + F.nll_loss(logp, y, reduction="none").dot(w)  # in place, torch 2.11 compiles it to gradients of zero
             if wanted:
                 d_logits = logp.exp_()
                 d_logits[torch.arange(len(y), device=y.device), y] -= 1
