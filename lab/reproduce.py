@@ -10,8 +10,9 @@ makes those that are missing (lab/runs.py), so that nothing is trained twice.
 **The verdict's rule.** Each part of a claim is a paired difference per seed, positive where the paper's claim holds. "Reproduced": all
 seeds are positive and their mean exceeds two standard errors. "Reversed": likewise, negative. Otherwise "not decided", as one seed always
 is. "No worse" leaves a margin of .02: nats of a loss, or a share of needles. Parts about retrieval count only where every variant has
-learned that task in every seed: .8 of its needles at the trained length, the learning rate chosen on the first seed and the training
-lengthened to three times where it does not find .8 in its own table, the harder one of four asked among eight.
+learned that task in every seed: .8 of its needles at the trained length, the learning rate chosen on the first seed (patterns of eight
+layers take rrrN's) and the training lengthened to three times where it does not find .8 in its own table, the harder one of four asked
+among eight.
 """
 
 import argparse
