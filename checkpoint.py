@@ -18,7 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-ENDLESS = 2**30  # Cohere2 rotates only layers that have a window; this one no sequence reaches, and it fits an int32 kernel
+ENDLESS = (
+    2**30
+)  # Cohere2 rotates only layers that have a window; this one no sequence reaches, and it fits an int32 kernel
 OURS = "ropenope"  # the model_type of what Cohere2 cannot express
 
 # our field: Cohere2's key, its type, what transformers takes when the key is absent
@@ -61,12 +63,23 @@ ROPE_TYPES = {"none": "default", "pi": "linear", "yarn": "yarn"}
 def to_cohere2(config: dict, dtype: str) -> dict | None:
     """Cohere2's config.json for ModelConfig's fields, or None where Cohere2 cannot express the model."""
     letters = config["pattern"]
-    if "n" in letters or {"r", "R"} <= set(letters) or config["qk_norm"] or config["length_scale"] != "none":
+    if (
+        "n" in letters
+        or {"r", "R"} <= set(letters)
+        or config["qk_norm"]
+        or config["length_scale"] != "none"
+    ):
         return None
     layers = letters * (config["n_layer"] // len(letters))
-    theta, scaling, factor = float(config["rope_theta"]), config["rope_scaling"], float(config["rope_factor"])
+    theta, scaling, factor = (
+        float(config["rope_theta"]),
+        config["rope_scaling"],
+        float(config["rope_factor"]),
+    )
     d = config["head_dim"] or config["d_model"] // config["n_head"]
-    if scaling == "ntk":  # is a theta (Hugging Face's name for it, "dynamic", changes with the length)
+    if (
+        scaling == "ntk"
+    ):  # is a theta (Hugging Face's name for it, "dynamic", changes with the length)
         theta, scaling = theta * factor ** (d / (d - 2)), "none"
     rope = {"rope_type": ROPE_TYPES[scaling]}
     longest = config["trained_length"] or 8192
@@ -76,15 +89,24 @@ def to_cohere2(config: dict, dtype: str) -> dict | None:
         original = config["rope_original_length"]
         rope["original_max_position_embeddings"] = original
         longest = round(original * factor)  # some of 4.x divide these two to have the factor
-    last = config["vocab_size"] - 1  # our end of text; Cohere2's defaults would lie outside our vocabulary
+    last = (
+        config["vocab_size"] - 1
+    )  # our end of text; Cohere2's defaults would lie outside our vocabulary
     return {
         "architectures": ["Cohere2ForCausalLM"],
         "model_type": "cohere2",
         "dtype": dtype,
-        **{key: kind(config[ours]) if config[ours] is not None else None for ours, (key, kind, _) in KEYS.items()},
+        **{
+            key: kind(config[ours]) if config[ours] is not None else None
+            for ours, (key, kind, _) in KEYS.items()
+        },
         "head_dim": d,
-        "layer_types": ["sliding_attention" if letter in "rR" else "full_attention" for letter in layers],
-        "sliding_window": ENDLESS if "R" in letters else config["window"] or ENDLESS,  # transformers wants one even for N
+        "layer_types": [
+            "sliding_attention" if letter in "rR" else "full_attention" for letter in layers
+        ],
+        "sliding_window": ENDLESS
+        if "R" in letters
+        else config["window"] or ENDLESS,  # transformers wants one even for N
         "rope_parameters": {"rope_theta": theta, **rope},  # transformers 5.x
         "rope_theta": theta,  # 4.x, with rope_scaling
         "rope_scaling": None if scaling == "none" else rope,
@@ -106,7 +128,9 @@ def load_config(path: str | Path) -> dict:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} not found: give a checkpoint's folder; `python train.py` makes one")
+        raise FileNotFoundError(
+            f"{file} not found: give a checkpoint's folder; `python train.py` makes one"
+        )
     raw = _read_json(file)
     if raw.get("model_type") == OURS:
         return {key: value for key, value in raw.items() if key != "model_type"}
@@ -118,31 +142,49 @@ def load_config(path: str | Path) -> dict:
 
 def _from_cohere2(raw: dict) -> dict:
     if raw.get("model_type") != "cohere2":
-        raise ValueError(f"model_type {raw.get('model_type')!r} is not implemented: it reads 'cohere2' and {OURS!r}")
+        raise ValueError(
+            f"model_type {raw.get('model_type')!r} is not implemented: it reads 'cohere2' and {OURS!r}"
+        )
     _only_implemented(raw, IMPLEMENTED)
     if raw.get("quantization_config") is not None:
-        raise ValueError(f"quantization_config {raw['quantization_config']!r} is not implemented: give bf16 or float32 weights")
+        raise ValueError(
+            f"quantization_config {raw['quantization_config']!r} is not implemented: give bf16 or float32 weights"
+        )
     config = {ours: _typed(raw, *theirs) for ours, theirs in KEYS.items()}
     n = config["n_layer"]
     config["n_kv_head"] = config["n_kv_head"] or config["n_head"]
     if (config["head_dim"] or 0) * config["n_head"] == config["d_model"]:
         config["head_dim"] = None  # it is d_model / n_head
 
-    def local_first(key: str, default: int | None = None) -> list[str]:  # one full layer at the end of every `period`
+    def local_first(
+        key: str, default: int | None = None
+    ) -> list[str]:  # one full layer at the end of every `period`
         period = _typed(raw, key, int, default)
         if period < 1:
             raise ValueError(f"{key} {period} is below 1")
         return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n)]
 
     types = raw.get("layer_types") or local_first("sliding_window_pattern", 4)
-    if not isinstance(types, list) or len(types) != n or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise ValueError(f"layer_types {types!r} does not name sliding_attention or full_attention for each of {n} layers")
+    if (
+        not isinstance(types, list)
+        or len(types) != n
+        or not set(types) <= {"sliding_attention", "full_attention"}
+    ):
+        raise ValueError(
+            f"layer_types {types!r} does not name sliding_attention or full_attention for each of {n} layers"
+        )
     if raw.get("layer_switch") is not None and local_first("layer_switch") != types:
-        raise ValueError(f"layer_switch {raw['layer_switch']!r} contradicts layer_types (or sliding_window_pattern): correct one")
+        raise ValueError(
+            f"layer_switch {raw['layer_switch']!r} contradicts layer_types (or sliding_window_pattern): correct one"
+        )
     window = raw.get("sliding_window", 4096)
     if window is None and "sliding_attention" in types:
-        raise ValueError("sliding_window None contradicts layer_types, which has sliding_attention: give the window")
-    config["window"] = None if window is None or _typed(raw, "sliding_window", int, 4096) >= ENDLESS else window
+        raise ValueError(
+            "sliding_window None contradicts layer_types, which has sliding_attention: give the window"
+        )
+    config["window"] = (
+        None if window is None or _typed(raw, "sliding_window", int, 4096) >= ENDLESS else window
+    )
     rotated = "R" if config["window"] is None else "r"
     letters = "".join(rotated if kind == "sliding_attention" else "N" for kind in types)
     periods = (letters[:p] for p in range(1, n) if letters[:p] * (n // p) == letters)
@@ -154,13 +196,20 @@ def _from_rope(raw: dict) -> dict:
     """rope_theta, rope_scaling, rope_factor and rope_original_length from 5.x's rope_parameters or 4.x's two keys."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers' own order
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"rope_parameters {rope!r} is not implemented: give one set of values for all layers")
+        raise ValueError(
+            f"rope_parameters {rope!r} is not implemented: give one set of values for all layers"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES.values():
-        raise ValueError(f"rope_type {kind!r} is not implemented: it reads {', '.join(ROPE_TYPES.values())}")
+        raise ValueError(
+            f"rope_type {kind!r} is not implemented: it reads {', '.join(ROPE_TYPES.values())}"
+        )
     _only_implemented(rope, {"partial_rotary_factor": 1})
     theta = _typed(rope, "rope_theta", float, _typed(raw, "rope_theta", float, 10_000.0))
-    found = {"rope_theta": theta, "rope_scaling": next(ours for ours, theirs in ROPE_TYPES.items() if theirs == kind)}
+    found = {
+        "rope_theta": theta,
+        "rope_scaling": next(ours for ours, theirs in ROPE_TYPES.items() if theirs == kind),
+    }
     if kind != "default":
         found["rope_factor"] = _typed(rope, "factor", float, None)
         if found["rope_factor"] is None:
@@ -169,17 +218,23 @@ def _from_rope(raw: dict) -> dict:
         _only_implemented(rope, YARN)
         for key in ("attention_factor", "mscale", "mscale_all_dim"):
             if rope.get(key) is not None:
-                raise ValueError(f"{key} {rope[key]!r} is not implemented: YaRN's own 0.1 ln(factor) + 1 is")
+                raise ValueError(
+                    f"{key} {rope[key]!r} is not implemented: YaRN's own 0.1 ln(factor) + 1 is"
+                )
         longest = _typed(raw, "max_position_embeddings", int, 8192)
         original = _typed(rope, "original_max_position_embeddings", int, longest)
-        found["rope_original_length"] = _typed(raw, "original_max_position_embeddings", int, original)
+        found["rope_original_length"] = _typed(
+            raw, "original_max_position_embeddings", int, original
+        )
     return found
 
 
 def _only_implemented(raw: dict, implemented: dict) -> None:
     for key, value in implemented.items():
         given = raw.get(key)
-        if given is not None and (given != value or isinstance(given, bool) != isinstance(value, bool)):
+        if given is not None and (
+            given != value or isinstance(given, bool) != isinstance(value, bool)
+        ):
             raise ValueError(f"{key} {given!r} is not implemented: only {value!r} is")
 
 
@@ -198,9 +253,13 @@ def _read_json(file: Path) -> dict:
     try:
         raw = json.loads(file.read_bytes())
     except ValueError as error:  # bad JSON, bad UTF-8
-        raise ValueError(f"{file} is damaged ({error}): copy it again from where it came") from error
+        raise ValueError(
+            f"{file} is damaged ({error}): copy it again from where it came"
+        ) from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{file} is damaged (it holds no JSON object): copy it again from where it came")
+        raise ValueError(
+            f"{file} is damaged (it holds no JSON object): copy it again from where it came"
+        )
     return raw
 
 
@@ -212,44 +271,71 @@ def save(path: str | Path, config: dict, state_dict: dict[str, torch.Tensor]) ->
     """Write model.safetensors and config.json into folder `path` (made if absent). config: ModelConfig's fields."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name if name.startswith("lm_head.") else f"model.{name}": t.detach().contiguous() for name, t in state_dict.items()}
+    tensors = {
+        name if name.startswith("lm_head.") else f"model.{name}": t.detach().contiguous()
+        for name, t in state_dict.items()
+    }
     dtype = str(state_dict["embed_tokens.weight"].dtype).removeprefix("torch.")
     content = to_cohere2(config, dtype) or {"model_type": OURS, **config}
-    _replace(folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    _replace(folder / "config.json", lambda file: file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    _replace(
+        folder / "model.safetensors",
+        lambda file: save_file(tensors, file, metadata={"format": "pt"}),
+    )
+    _replace(
+        folder / "config.json",
+        lambda file: file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"),
+    )
 
 
 @torch.no_grad()
-def load_weights(path: str | Path, model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> None:
+def load_weights(
+    path: str | Path, model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype
+) -> None:
     """Give `model`, built on the meta device, the tensors in folder `path`: shard by shard, each straight to `device` and `dtype`.
 
     Raises FileNotFoundError for a missing file, and ValueError for a damaged one or tensors that are not the model's.
     """
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = "lm_head.weight" not in wanted
-    shapes = dict(wanted, **{"lm_head.weight": wanted["embed_tokens.weight"]})  # tied, a copy of the embeddings may lie beside them
+    shapes = dict(
+        wanted, **{"lm_head.weight": wanted["embed_tokens.weight"]}
+    )  # tied, a copy of the embeddings may lie beside them
     shards, found, wrong = _shards(Path(path)), set(), []
-    for shard in shards:  # the headers alone, so that a wrong file is refused before anything is read
+    for (
+        shard
+    ) in shards:  # the headers alone, so that a wrong file is refused before anything is read
         with _open(shard) as tensors:
             for key in tensors.keys():
                 name, tensor = key.removeprefix("model."), tensors.get_slice(key)
                 shape, kind = tensor.get_shape(), tensor.get_dtype()
                 if name not in shapes or name in found:
-                    wrong.append(f"{key} is {'twice there' if name in found else 'not in this model'}")
+                    wrong.append(
+                        f"{key} is {'twice there' if name in found else 'not in this model'}"
+                    )
                 elif shape != shapes[name] or kind not in ("BF16", "F16", "F32", "F64"):
                     wrong.append(f"{key} is {kind} {shape}, not floating-point {shapes[name]}")
                 found.add(name)
     wrong += [f"{name} is missing" for name in wanted if name not in found]
     if wrong:
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise ValueError(f"{path}: the weights do not fit config.json: {'; '.join(wrong[:20])}{more}")
+        raise ValueError(
+            f"{path}: the weights do not fit config.json: {'; '.join(wrong[:20])}{more}"
+        )
     state = {}
     for shard in shards:
         with _open(shard) as tensors:
-            for key in tensors.keys():  # a copy, because what safe_open returns is a view of the file
-                state[key.removeprefix("model.")] = tensors.get_tensor(key).to(device, dtype, copy=True)
-    if tied and not torch.equal(state.pop("lm_head.weight", state["embed_tokens.weight"]), state["embed_tokens.weight"]):
-        raise ValueError(f"{path}: lm_head.weight differs from the embeddings it is tied to: set tie_word_embeddings to false")
+            for (
+                key
+            ) in tensors.keys():  # a copy, because what safe_open returns is a view of the file
+                state[key.removeprefix("model.")] = tensors.get_tensor(key).to(
+                    device, dtype, copy=True
+                )
+    if tied and not torch.equal(
+        state.pop("lm_head.weight", state["embed_tokens.weight"]), state["embed_tokens.weight"]
+    ):
+        raise ValueError(
+            f"{path}: lm_head.weight differs from the embeddings it is tied to: set tie_word_embeddings to false"
+        )
     model.load_state_dict(state, assign=True)
 
 
@@ -259,14 +345,24 @@ def _shards(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise FileNotFoundError(f"{single} not found, nor an index of shards: copy the weights there (pickled ones are not read)")
+        raise FileNotFoundError(
+            f"{single} not found, nor an index of shards: copy the weights there (pickled ones are not read)"
+        )
     names = _read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index} is damaged (weight_map is no map from tensors to files): copy it again from where it came")
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(name, str) for name in names.values())
+    ):
+        raise ValueError(
+            f"{index} is damaged (weight_map is no map from tensors to files): copy it again from where it came"
+        )
     shards = [folder / name for name in sorted(set(names.values()))]
     for shard in shards:
         if shard.parent != folder or shard.suffix != ".safetensors":
-            raise ValueError(f"{index} names {str(shard)!r}: a shard is a .safetensors file in the same folder")
+            raise ValueError(
+                f"{index} names {str(shard)!r}: a shard is a .safetensors file in the same folder"
+            )
         if not shard.is_file():
             raise FileNotFoundError(f"{shard} not found: {index.name} names it, so copy it there")
     return shards
@@ -278,7 +374,9 @@ def _open(file: Path) -> Iterator:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}): copy it again from where it came") from error
+        raise ValueError(
+            f"{file} is damaged ({error}): copy it again from where it came"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,9 +17,22 @@ def corpus_folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("corpora") / "small"
     source = Path(os.__file__).parent
-    names = ["argparse", "ast", "bdb", "calendar", "cmd", "configparser", "copy", "csv", "datetime", "difflib", "dis", "enum", "inspect", "locale"]
+    names = [
+        "argparse",
+        "ast",
+        "bdb",
+        "calendar",
+        "cmd",
+        "configparser",
+        "copy",
+        "csv",
+        "datetime",
+        "difflib",
+        "dis",
+        "enum",
+        "inspect",
+        "locale",
+    ]
     documents = [(name, (source / f"{name}.py").read_text(encoding="utf-8")) for name in names]
     prepare(documents, folder, vocab_size=1024, source="test")
     return folder
-
-

@@ -34,7 +34,10 @@ from attention import (
     visible_pairs,
 )
 
-LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # elements (b t v) the loss makes at a time; on CPU what a cache holds
+LOGITS_AT_ONCE = {
+    "cpu": 2**20,
+    "cuda": 2**26,
+}  # elements (b t v) the loss makes at a time; on CPU what a cache holds
 LEAST_ROWS = 256  # of those: each chunk also adds to the whole (v c) gradient of the output matrix
 MIMETIC = ("none", "nope", "all")  # layers whose queries begin half like their keys
 TABLES_AT_ONCE = 64  # positions whose rotary tables decoding makes together
@@ -81,22 +84,43 @@ class ModelConfig:
         for name in ("window", "head_dim", "rope_original_length", "trained_length"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} {value} is below 1")
-        _require(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}: use a divisor")
+        _require(
+            self.n_head % self.n_kv_head == 0,
+            f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}: use a divisor",
+        )
         _require(
             self.head_dim is not None or self.d_model % self.n_head == 0,
             f"d_model {self.d_model} is not a multiple of n_head {self.n_head}: change one, or give head_dim",
         )
-        _require(self.head_width % 2 == 0, f"head_dim {self.head_width} is odd: rotation turns pairs of dimensions")
+        _require(
+            self.head_width % 2 == 0,
+            f"head_dim {self.head_width} is odd: rotation turns pairs of dimensions",
+        )
         _require(self.rope_theta > 0, f"rope_theta {self.rope_theta} is not positive")
-        _require(self.rope_factor >= 1, f"rope_factor {self.rope_factor} is below 1: it is new length / trained length")
-        _require(self.rope_factor == 1 or self.rope_scaling != "none", f"rope_factor {self.rope_factor} does nothing without rope_scaling: give pi, ntk or yarn")
+        _require(
+            self.rope_factor >= 1,
+            f"rope_factor {self.rope_factor} is below 1: it is new length / trained length",
+        )
+        _require(
+            self.rope_factor == 1 or self.rope_scaling != "none",
+            f"rope_factor {self.rope_factor} does nothing without rope_scaling: give pi, ntk or yarn",
+        )
         _require(self.norm_eps > 0, f"norm_eps {self.norm_eps} is not positive")
         _one_of("rope_scaling", self.rope_scaling, ROPE_SCALINGS)
         _one_of("length_scale", self.length_scale, LENGTH_SCALES)
-        _require(self.length_base is None or self.length_base >= 2, f"length_base {self.length_base} is below 2")
-        _require(self.rope_scaling != "ntk" or self.head_width >= 4, f"rope_scaling 'ntk' needs head_dim of 4 or more, not {self.head_width}")
+        _require(
+            self.length_base is None or self.length_base >= 2,
+            f"length_base {self.length_base} is below 2",
+        )
+        _require(
+            self.rope_scaling != "ntk" or self.head_width >= 4,
+            f"rope_scaling 'ntk' needs head_dim of 4 or more, not {self.head_width}",
+        )
         if self.rope_scaling == "yarn":
-            _require(self.rope_original_length is not None, "rope_scaling 'yarn' needs rope_original_length, the trained length")
+            _require(
+                self.rope_original_length is not None,
+                "rope_scaling 'yarn' needs rope_original_length, the trained length",
+            )
         layer_plan(self)
 
     @property
@@ -118,7 +142,10 @@ def layer_plan(config: ModelConfig) -> list[LayerSpec]:
     """The pattern, read: one LayerSpec for each layer. Raises ValueError, naming the value and the mend."""
     pattern, window = config.pattern, config.window
     unknown = [letter for letter in pattern if letter not in "RrNn"]
-    _require(not unknown, f"pattern {pattern!r} has an unknown letter {''.join(unknown)!r}: use R, r, N and n")
+    _require(
+        not unknown,
+        f"pattern {pattern!r} has an unknown letter {''.join(unknown)!r}: use R, r, N and n",
+    )
     _require(
         len(pattern) > 0 and config.n_layer % len(pattern) == 0,
         f"pattern {pattern!r} ({len(pattern)} letters) does not tile {config.n_layer} layers: "
@@ -128,7 +155,10 @@ def layer_plan(config: ModelConfig) -> list[LayerSpec]:
         window is not None or pattern == pattern.upper(),
         f"pattern {pattern!r} has a windowed (small) letter and no window: give one, such as window = 64",
     )
-    specs = [LayerSpec(rope=letter in "Rr", window=window if letter.islower() else None) for letter in pattern]
+    specs = [
+        LayerSpec(rope=letter in "Rr", window=window if letter.islower() else None)
+        for letter in pattern
+    ]
     return specs * (config.n_layer // len(pattern))
 
 
@@ -165,7 +195,9 @@ class Block(nn.Module):
         self.widths = [matrix.out_features for matrix in self.matrices()[0]]
         self.joined: tuple[Tensor, ...] = ()  # see `join`
 
-    def forward(self, x: Tensor, spec: LayerSpec, context: Context, layer: int, remember: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, spec: LayerSpec, context: Context, layer: int, remember: bool = False
+    ) -> Tensor:
         """x (b t c) -> (b t c). `remember`: only the keys and values, for the cache; x as it is."""
         h, attn = self.input_layernorm(x), self.self_attn
         if remember:
@@ -186,12 +218,19 @@ class Block(nn.Module):
     def matrices(self) -> tuple[list[nn.Linear], list[nn.Linear]]:
         """Those that read the norm's output, and those that write to the residual stream."""
         attn, mlp = self.self_attn, self.mlp
-        return [attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj], [attn.o_proj, mlp.down_proj]
+        return [attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj], [
+            attn.o_proj,
+            mlp.down_proj,
+        ]
 
     def parts(self) -> list[tuple[nn.Linear, Tensor]]:
         """Each matrix with its part of `joined`, transposed."""
         split = lambda group, whole, dim: whole.split([m.weight.shape[1 - dim] for m in group], dim)
-        return [pair for group, whole, dim in zip(self.matrices(), self.joined, (1, 0)) for pair in zip(group, split(group, whole, dim))]
+        return [
+            pair
+            for group, whole, dim in zip(self.matrices(), self.joined, (1, 0))
+            for pair in zip(group, split(group, whole, dim))
+        ]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -200,8 +239,13 @@ class Block(nn.Module):
         are already. Decoding is bound by reading the matrices and by the number of calls, and a parallel block needs two
         products, not seven. (In training the strided views cost more than they save.) Another layout may round in another way.
         """
-        if not self.joined or any(m.weight.data_ptr() != part.data_ptr() for m, part in self.parts()):
-            self.joined = tuple(torch.cat([m.weight.t() for m in group], dim).contiguous() for group, dim in zip(self.matrices(), (1, 0)))
+        if not self.joined or any(
+            m.weight.data_ptr() != part.data_ptr() for m, part in self.parts()
+        ):
+            self.joined = tuple(
+                torch.cat([m.weight.t() for m in group], dim).contiguous()
+                for group, dim in zip(self.matrices(), (1, 0))
+            )
             for m, part in self.parts():
                 m.weight.data = part.t()
 
@@ -215,7 +259,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor, scale: float, wanted: bool) -> Tensor:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        matrix: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        scale: float,
+        wanted: bool,
+    ) -> Tensor:
         """The sum, a scalar in float32 at least; with `wanted` both gradients are made on the way and kept."""
         counted = targets != -100
         targets = targets.masked_fill(~counted, 0)
@@ -228,7 +280,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(hidden), rows):
             h, y, w = hidden[i : i + rows], targets[i : i + rows], weights[i : i + rows]
             logp = F.linear(scale * h, matrix).to(w.dtype).log_softmax(-1)
-            total = total + F.nll_loss(logp, y, reduction="none").dot(w)  # in place, torch 2.11 compiles it to gradients of zero
+            total = total + F.nll_loss(logp, y, reduction="none").dot(
+                w
+            )  # in place, torch 2.11 compiles it to gradients of zero
             if wanted:
                 d_logits = logp.exp_()
                 d_logits[torch.arange(len(y), device=y.device), y] -= 1
@@ -256,7 +310,9 @@ class Transformer(nn.Module):
         self._read: tuple = (None,)  # see `_read_config`
         self._tables: tuple = (None,)  # see `_context`
         self._compiled_step = None  # see `compile_decoding`
-        self.recompute = False  # keep only the blocks' inputs for the backward pass (activation checkpointing)
+        self.recompute = (
+            False  # keep only the blocks' inputs for the backward pass (activation checkpointing)
+        )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = LayerNorm(config.d_model, config.norm_eps)
@@ -280,15 +336,31 @@ class Transformer(nn.Module):
         for block, spec in zip(self.layers, layer_plan(self.config)):
             if mimetic == "all" or mimetic == "nope" and not spec.rope:
                 q, k = block.self_attn.q_proj.weight, block.self_attn.k_proj.weight
-                q.mul_(0.75**0.5).add_(repeat(k, "(k d) c -> (k g d) c", k=self.config.n_kv_head, g=self.config.n_head // self.config.n_kv_head), alpha=0.5)
+                q.mul_(0.75**0.5).add_(
+                    repeat(
+                        k,
+                        "(k d) c -> (k g d) c",
+                        k=self.config.n_kv_head,
+                        g=self.config.n_head // self.config.n_kv_head,
+                    ),
+                    alpha=0.5,
+                )
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, weights: list | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, weights: list | None = None
+    ) -> Tensor:
         """Logits (b t v) of tokens (b t) int64. With a cache the tokens continue what it holds (under no_grad, or it keeps a graph). A list given as `weights`
         collects (attention weights (b h t s), key positions (s)) of each layer, from the written-out softmax."""
         return self.unembed(self.hidden(tokens, cache, weights=weights))
 
     def hidden(
-        self, tokens: Tensor, cache: KVCache | None = None, layers: list | None = None, weights: list | None = None, joined: bool = False, last: bool = True
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        layers: list | None = None,
+        weights: list | None = None,
+        joined: bool = False,
+        last: bool = True,
     ) -> Tensor:
         """(b t c) after the final norm. A list given as `layers` collects the residual stream: embeddings, then each block's.
         `joined`: multiply by the matrices that `Block.join` has laid together. Without `last` the last layer
@@ -300,7 +372,11 @@ class Transformer(nn.Module):
             layers.append(x)
         for i, (block, spec) in enumerate(zip(self.layers, plan, strict=True)):
             args = x, spec, context, i, not last and i == len(plan) - 1
-            x = recompute(block, *args, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(*args)
+            x = (
+                recompute(block, *args, use_reentrant=False)
+                if self.recompute and torch.is_grad_enabled()
+                else block(*args)
+            )
             if layers is not None:
                 layers.append(x)
         return self.norm(x)
@@ -310,26 +386,53 @@ class Transformer(nn.Module):
         if self._read[0] is not self.config:
             c = self.config
             with torch.inference_mode(False):
-                turning = rotary_frequencies(c.head_width, c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_original_length)
+                turning = rotary_frequencies(
+                    c.head_width,
+                    c.rope_theta,
+                    c.rope_scaling,
+                    c.rope_factor,
+                    c.rope_original_length,
+                )
             self._read = (c, layer_plan(c), *turning)
         return self._read[1:]
 
-    def _context(self, plan: list[LayerSpec], t: int, device, cache: KVCache | None, weights: list | None, joined: bool) -> Context:
+    def _context(
+        self,
+        plan: list[LayerSpec],
+        t: int,
+        device,
+        cache: KVCache | None,
+        weights: list | None,
+        joined: bool,
+    ) -> Context:
         """Positions, tables and masks: one of each kind per forward, however many layers there are."""
         c = self.config
         k_pos = slots = None
-        continues = cache is not None and (cache.clock is not None or cache.length > 0)  # a first chunk meets nothing but itself
+        continues = cache is not None and (
+            cache.clock is not None or cache.length > 0
+        )  # a first chunk meets nothing but itself
         if cache is None:
             q_pos = torch.arange(t, device=device)
         else:
             assert cache.plan == plan, "this cache was made for another pattern or window"
             q_pos, slots, met = cache.advance(t)
-            k_pos = {spec.window: met[rows] for spec, rows in zip(plan, cache.rows)} if continues else None
-        if joined and cache.clock is None:  # decoding: the tables of a whole block of positions at once
+            k_pos = (
+                {spec.window: met[rows] for spec, rows in zip(plan, cache.rows)}
+                if continues
+                else None
+            )
+        if (
+            joined and cache.clock is None
+        ):  # decoding: the tables of a whole block of positions at once
             block, at = divmod(cache.length - 1, TABLES_AT_ONCE)
             if self._tables[0] != (block, c, device):
-                positions = torch.arange(block * TABLES_AT_ONCE, (block + 1) * TABLES_AT_ONCE, device=device)
-                self._tables = (block, c, device), as_complex(rotary_table(positions, *self._read_config()[1:]))
+                positions = torch.arange(
+                    block * TABLES_AT_ONCE, (block + 1) * TABLES_AT_ONCE, device=device
+                )
+                self._tables = (
+                    (block, c, device),
+                    as_complex(rotary_table(positions, *self._read_config()[1:])),
+                )
             table = self._tables[1][at : at + 1]
         else:
             table = rotary_table(q_pos, *self._read_config()[1:])
@@ -352,7 +455,9 @@ class Transformer(nn.Module):
                 backend = "sdpa"  # banded is for windows; only sdpa and reference take a chunk of a sequence
             context.backends[window] = backend
             if cache is None or t > 1 or cache.clock is not None:
-                context.masks[window] = make_mask(backend, window, t, device, context.q_pos, k_pos and k_pos[window])
+                context.masks[window] = make_mask(
+                    backend, window, t, device, context.q_pos, k_pos and k_pos[window]
+                )
         return context
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -368,28 +473,58 @@ class Transformer(nn.Module):
         """
         hidden, targets = self.hidden(tokens).flatten(0, 1), targets.flatten()
         if weights is None:
-            weights = torch.ones(targets.shape, device=targets.device, dtype=torch.promote_types(hidden.dtype, torch.float32)) / (targets != -100).sum().clamp(min=1)
+            weights = torch.ones(
+                targets.shape,
+                device=targets.device,
+                dtype=torch.promote_types(hidden.dtype, torch.float32),
+            ) / (targets != -100).sum().clamp(min=1)
         matrix = self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
-        return LinearCrossEntropy.apply(hidden, matrix, targets, weights.flatten(), self.config.logit_scale, torch.is_grad_enabled())
+        return LinearCrossEntropy.apply(
+            hidden,
+            matrix,
+            targets,
+            weights.flatten(),
+            self.config.logit_scale,
+            torch.is_grad_enabled(),
+        )
 
     # Text
 
     def new_cache(self, batch_size: int = 1, max_length: int = 8192) -> KVCache:
         """An empty cache for this pattern, on the model's device and in its dtype."""
         c, p = self.config, self.embed_tokens.weight
-        return KVCache(self._read_config()[0], batch_size, c.n_kv_head, c.head_width, max_length, p.device, p.dtype)
+        return KVCache(
+            self._read_config()[0],
+            batch_size,
+            c.n_kv_head,
+            c.head_width,
+            max_length,
+            p.device,
+            p.dtype,
+        )
 
     def check_settings(
-        self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
     ) -> None:
         """ValueError for a prompt or settings that `stream` cannot take."""
         _require(tokens.shape[1] > 0, "the prompt is empty: give at least one token")
         _require(max_new_tokens >= 0, f"max_new_tokens {max_new_tokens} is negative")
-        _require(temperature >= 0, f"temperature {temperature} is negative: 0 is greedy, 1 samples the model's distribution")
+        _require(
+            temperature >= 0,
+            f"temperature {temperature} is negative: 0 is greedy, 1 samples the model's distribution",
+        )
         _require(top_k is None or top_k >= 1, f"top_k {top_k} is below 1")
         _require(top_p is None or 0 < top_p <= 1, f"top_p {top_p} is not in (0, 1]")
         low, high, v = tokens.min().item(), tokens.max().item(), self.config.vocab_size
-        _require(low >= 0 and high < v, f"token {low if low < 0 else high} is outside the vocabulary of {v}")
+        _require(
+            low >= 0 and high < v,
+            f"token {low if low < 0 else high} is outside the vocabulary of {v}",
+        )
 
     @torch.inference_mode()
     def fill(self, tokens: Tensor, cache: KVCache) -> None:
@@ -411,7 +546,9 @@ class Transformer(nn.Module):
     def compile_decoding(self) -> None:
         """Compile the decode step (into a CUDA graph, on CUDA): seconds or minutes once, then less time a token."""
         graphs = {"mode": "reduce-overhead"} if self.embed_tokens.weight.is_cuda else {}
-        self._compiled_step = torch.compile(self._logits_after, fullgraph=True, dynamic=False, **graphs)
+        self._compiled_step = torch.compile(
+            self._logits_after, fullgraph=True, dynamic=False, **graphs
+        )
 
     def _logits_after(self, token: Tensor, cache: KVCache) -> Tensor:
         return self.unembed(self.hidden(token[:, None], cache, joined=True))[:, 0]
@@ -423,7 +560,9 @@ class Transformer(nn.Module):
         if cache.clock is None:
             cache.fix_shapes()
         cache.reserve(1)
-        return self._compiled_step(token, cache).clone()  # a CUDA graph writes its outputs over at the next step
+        return self._compiled_step(
+            token, cache
+        ).clone()  # a CUDA graph writes its outputs over at the next step
 
     @torch.inference_mode()
     def stream(
@@ -457,7 +596,14 @@ class Transformer(nn.Module):
             if stop is not None and ended.all():
                 return
 
-    def generate(self, tokens: Tensor, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int | None = None, **more) -> Tensor:
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        **more,
+    ) -> Tensor:
         """tokens (b t) -> (b t+new): what `stream` yields, joined; it takes the same settings."""
         new = list(self.stream(tokens, max_new_tokens, temperature, top_k, **more))
         return torch.cat([tokens, torch.stack(new, dim=1)], dim=1) if new else tokens
@@ -485,7 +631,12 @@ class Transformer(nn.Module):
         checkpoint.save(path, asdict(self.config), self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "Transformer":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "Transformer":
         """The model in the folder `path`: ours or Hugging Face's Cohere2, sharded or not, straight to `device` and `dtype`.
 
         Raises OSError for a missing file and ValueError for one that is damaged or asks for what is not implemented here.
@@ -502,7 +653,11 @@ class Transformer(nn.Module):
 
 
 def sample_token(
-    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None, generator: torch.Generator | None = None
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """One token (b) from logits (b v): the likeliest at temperature 0, else drawn from the k likeliest that make up p."""
     if temperature == 0:

@@ -16,10 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.commandline import fail
+from commandline import fail
 from model import Transformer
 
-RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))  # as torchrun says
+RANK, RANKS, LOCAL_RANK, LOCAL_RANKS = (
+    int(os.environ.get(name, one))
+    for name, one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+)  # as torchrun says
 INTERRUPTS: list[int] = []  # see `share_interrupts`
 
 
@@ -27,8 +30,12 @@ INTERRUPTS: list[int] = []  # see `share_interrupts`
 def rank_0_first() -> Iterator[None]:
     """Rank 0 passes the block before the others, which leave in silence where it fails: it has said why."""
     passed = [False]
-    if RANKS > 1:  # they wait for rank 0 as long as it takes: it prepares the corpus, evaluates and saves
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+    if (
+        RANKS > 1
+    ):  # they wait for rank 0 as long as it takes: it prepares the corpus, evaluates and saves
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1)
+        )
     if RANK > 0:
         dist.broadcast_object_list(passed)
         if not passed[0]:
@@ -53,7 +60,9 @@ class Loss(nn.Module):
 def wrap(loss: Loss) -> nn.Module:
     """The loss of a rank's rows, whose gradients become the mean of all ranks'."""
     torch._dynamo.config.optimize_ddp = False  # one graph, as in one process: splitting it has failed at FlexAttention and checkpointing (pytorch#137481, #104674)
-    idle = loss.model.layers[0].self_attn.s_scale is not None  # ssmax's scales get no gradient but in full NoPE layers
+    idle = (
+        loss.model.layers[0].self_attn.s_scale is not None
+    )  # ssmax's scales get no gradient but in full NoPE layers
     return DistributedDataParallel(loss, find_unused_parameters=idle)
 
 

@@ -1,8 +1,8 @@
 """Continue a prompt with a checkpoint, streamed as it comes.
 
-    python sample.py --prompt "def "                    the newest checkpoint under out/
-    python sample.py --checkpoint DIR --file story.txt --temperature 0.8 --top-k 50 --samples 3
-    cat story.txt | python sample.py                    the prompt from standard input
+python sample.py --prompt "def "                    the newest checkpoint under out/
+python sample.py --checkpoint DIR --file story.txt --temperature 0.8 --top-k 50 --samples 3
+cat story.txt | python sample.py                    the prompt from standard input
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data.commandline import CommandLine, fail
+from commandline import CommandLine, fail
 from data.tokenizer import load_tokenizer
 from model import Transformer
 from train import choose_device
@@ -22,17 +22,28 @@ from train import choose_device
 
 def command_line() -> CommandLine:
     """The flags."""
-    parser = CommandLine(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the newest under out/")
-    parser.add_argument("--prompt", help="text to continue (default: --file, or standard input where it is not a terminal)")
+    parser = CommandLine(
+        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="default: the newest under out/"
+    )
+    parser.add_argument(
+        "--prompt",
+        help="text to continue (default: --file, or standard input where it is not a terminal)",
+    )
     parser.add_argument("--file", type=Path, help="a file with the prompt")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up p")
-    parser.add_argument("--samples", type=int, default=1, help="how many, decoded together; the first is streamed")
+    parser.add_argument(
+        "--samples", type=int, default=1, help="how many, decoded together; the first is streamed"
+    )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", help="cuda, cpu or mps (default: cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--device", help="cuda, cpu or mps (default: cuda where there is one, else cpu)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     return parser
 
@@ -41,7 +52,9 @@ def newest_checkpoint(root: Path = Path("out")) -> Path:
     """The `last` of the run under `root` that was written to most recently. Raises FileNotFoundError where there is none."""
     found = [link for link in root.glob("*/last") if (link / "config.json").is_file()]
     if not found:
-        raise FileNotFoundError(f"no checkpoint under {root}/: `python train.py` makes one, or name one with --checkpoint")
+        raise FileNotFoundError(
+            f"no checkpoint under {root}/: `python train.py` makes one, or name one with --checkpoint"
+        )
     return max(found, key=lambda link: (link / "config.json").stat().st_mtime)
 
 
@@ -53,9 +66,15 @@ def read_prompt(args: argparse.Namespace) -> str:
         text = args.prompt
     elif args.file is not None or not sys.stdin.isatty():
         try:
-            text = args.file.read_text(encoding="utf-8") if args.file else sys.stdin.buffer.read().decode("utf-8")
+            text = (
+                args.file.read_text(encoding="utf-8")
+                if args.file
+                else sys.stdin.buffer.read().decode("utf-8")
+            )
         except UnicodeDecodeError as error:
-            raise ValueError(f"the prompt in {args.file or 'standard input'} is not UTF-8 ({error.reason} at byte {error.start})") from None
+            raise ValueError(
+                f"the prompt in {args.file or 'standard input'} is not UTF-8 ({error.reason} at byte {error.start})"
+            ) from None
     else:
         raise ValueError("no prompt: give --prompt TEXT, --file FILE, or text on standard input")
     if not text:
@@ -75,28 +94,54 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(path)
         model = Transformer.from_pretrained(path, device, getattr(torch, args.dtype))
         if tokenizer.n_vocab > model.config.vocab_size:
-            raise ValueError(f"{path}: its tokenizer has {tokenizer.n_vocab} tokens and its model {model.config.vocab_size}")
-        prompt = torch.tensor([[tokenizer.bos_token, *tokenizer.encode_ordinary(text)]], device=device)
+            raise ValueError(
+                f"{path}: its tokenizer has {tokenizer.n_vocab} tokens and its model {model.config.vocab_size}"
+            )
+        prompt = torch.tensor(
+            [[tokenizer.bos_token, *tokenizer.encode_ordinary(text)]], device=device
+        )
         settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
         model.check_settings(prompt, args.max_new_tokens, **settings)
     except (ValueError, OSError) as error:
         fail(error)
     generator = torch.Generator(device).manual_seed(args.seed)
     try:
-        sample(model, tokenizer, prompt.expand(args.samples, -1), text, args.max_new_tokens, generator, settings)
+        sample(
+            model,
+            tokenizer,
+            prompt.expand(args.samples, -1),
+            text,
+            args.max_new_tokens,
+            generator,
+            settings,
+        )
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
-    except BrokenPipeError:  # the reader of our output has gone; nothing is left to say, not even at exit
+    except (
+        BrokenPipeError
+    ):  # the reader of our output has gone; nothing is left to say, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def sample(model: Transformer, tokenizer, prompt: torch.Tensor, text: str, new_tokens: int, generator, settings: dict) -> None:
+def sample(
+    model: Transformer,
+    tokenizer,
+    prompt: torch.Tensor,
+    text: str,
+    new_tokens: int,
+    generator,
+    settings: dict,
+) -> None:
     """Continue prompt (b t) in all rows at once: print the first as it comes, the others after it, then a line of what it took."""
     cache = model.new_cache(len(prompt), prompt.shape[1] + new_tokens)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of an unfinished character
+    decoder = codecs.getincrementaldecoder("utf-8")(
+        "replace"
+    )  # holds back the bytes of an unfinished character
     print(text, end="", flush=True)
     started, times, rows = time.perf_counter(), [], []
-    for token in model.stream(prompt, new_tokens, stop=tokenizer.eot_token, generator=generator, cache=cache, **settings):
+    for token in model.stream(
+        prompt, new_tokens, stop=tokenizer.eot_token, generator=generator, cache=cache, **settings
+    ):
         times.append(time.perf_counter())
         rows.append(token.tolist())
         if rows[-1][0] != tokenizer.eot_token:
@@ -108,7 +153,9 @@ def sample(model: Transformer, tokenizer, prompt: torch.Tensor, text: str, new_t
     prefill = prompt.numel() / (times[0] - started) if times else 0
     decode = len(prompt) * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0
     print(
-        f"[{prompt.shape[1]:,} prompt + {len(times):,} new tokens" + (f" in {len(prompt)} samples" if len(prompt) > 1 else "") + "; "
+        f"[{prompt.shape[1]:,} prompt + {len(times):,} new tokens"
+        + (f" in {len(prompt)} samples" if len(prompt) > 1 else "")
+        + "; "
         f"prefill {prefill:,.0f} tokens/s, decode {decode:,.0f} tokens/s; "
         f"cache {cache.nbytes:,} bytes, {cache.nbytes / cache.full_nbytes:.2f} of full attention's {cache.full_nbytes:,}]"
     )

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from data.corpus import Corpus
 from data.needles import Example, Needles
+
+
 @dataclass(frozen=True)
 class Batch:
     """tokens, targets (b t) int64 and weights (b t) float32, of which the sum over the global batch is 1, or 1 + answer_weight."""
@@ -27,7 +29,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on `device`."""
-        move = lambda x: x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+        move = lambda x: (
+            x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+        )
         return Batch(move(self.tokens), move(self.targets), move(self.weights))
 
 
@@ -53,8 +57,12 @@ def training_batch(
     rng = np.random.default_rng([seed, step])
     count = max(batch_tokens // length, 1)
     with_needles = round(count * needle_share)
-    assert needles is not None or with_needles == 0, "a share of needles and nothing that makes them"
-    examples = [needles.example(rng, length + 1, *needles.counts(length)) for _ in range(with_needles)]
+    assert needles is not None or with_needles == 0, (
+        "a share of needles and nothing that makes them"
+    )
+    examples = [
+        needles.example(rng, length + 1, *needles.counts(length)) for _ in range(with_needles)
+    ]
     starts = rng.integers(len(corpus.train) - length, size=count - with_needles)
     plain = [window(corpus.train, start, length, corpus.tokenizer.eot_token) for start in starts]
     tokens = torch.from_numpy(np.stack([example.tokens for example in examples] + plain))
@@ -69,12 +77,21 @@ def validation_windows(corpus: Corpus, length: int, count: int) -> Tensor:
     """(count length+1) int64: the same evenly spaced windows of plain validation text every time."""
     count = min(count, max(1, len(corpus.val) // length))  # no token twice
     starts = np.linspace(0, len(corpus.val) - length, count).astype(int)
-    return torch.from_numpy(np.stack([window(corpus.val, start, length, corpus.tokenizer.eot_token) for start in starts]))
+    return torch.from_numpy(
+        np.stack(
+            [window(corpus.val, start, length, corpus.tokenizer.eot_token) for start in starts]
+        )
+    )
 
 
-def held_out_examples(needles: Needles, length: int, count: int, needles_each: int, questions_each: int) -> list[Example]:
+def held_out_examples(
+    needles: Needles, length: int, count: int, needles_each: int, questions_each: int
+) -> list[Example]:
     """The same `count` needle examples of `length` tokens every time."""
-    return [needles.example(np.random.default_rng([length, i]), length, needles_each, questions_each) for i in range(count)]
+    return [
+        needles.example(np.random.default_rng([length, i]), length, needles_each, questions_each)
+        for i in range(count)
+    ]
 
 
 def prefetch(make: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Batch]:

@@ -11,7 +11,16 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_CORPUS = Path("corpora/stdlib")
 FORMAT = 1
-KEYS = {"format": int, "source": str, "dtype": str, "n_vocab": int, "tokenizer": str, "python": str, "train": dict, "val": dict}
+KEYS = {
+    "format": int,
+    "source": str,
+    "dtype": str,
+    "n_vocab": int,
+    "tokenizer": str,
+    "python": str,
+    "train": dict,
+    "val": dict,
+}
 SPLIT_KEYS = {"documents": int, "bytes": int, "tokens": int, "sha256": str}
 
 
@@ -45,7 +54,9 @@ def load_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
     for name in ("meta.json", "train.bin", "val.bin"):
         if not (folder / name).is_file():
             missing = folder if name == "meta.json" and not folder.exists() else folder / name
-            raise FileNotFoundError(f"{missing} not found; `{command}` makes a corpus (--help lists its sources)")
+            raise FileNotFoundError(
+                f"{missing} not found; `{command}` makes a corpus (--help lists its sources)"
+            )
 
     def require(file: str, what: str, found, wanted) -> None:
         if found != wanted:
@@ -56,9 +67,15 @@ def load_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
     except ValueError as error:
         raise ValueError(f"{folder / 'meta.json'} is not JSON ({error}); {mend}") from error
     require("meta.json", "its content", type(meta).__name__, "dict")
-    for where, keys in [(meta, KEYS), (meta.get("train"), SPLIT_KEYS), (meta.get("val"), SPLIT_KEYS)]:
+    for where, keys in [
+        (meta, KEYS),
+        (meta.get("train"), SPLIT_KEYS),
+        (meta.get("val"), SPLIT_KEYS),
+    ]:
         for key, kind in keys.items():
-            require("meta.json", f"the type of {key!r}", type(where.get(key)).__name__, kind.__name__)
+            require(
+                "meta.json", f"the type of {key!r}", type(where.get(key)).__name__, kind.__name__
+            )
     require("meta.json", "format", meta["format"], FORMAT)
     tokenizer = load_tokenizer(folder)
     require("meta.json", "n_vocab", meta["n_vocab"], tokenizer.n_vocab)
@@ -68,12 +85,21 @@ def load_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
     def split(name: str) -> np.memmap:
         """(tokens,) ids of one split, its size, sha256 and largest id checked."""
         file, said = f"{name}.bin", meta[name]
-        require(file, "its size in bytes", (folder / file).stat().st_size, max(1, said["tokens"]) * np.dtype(meta["dtype"]).itemsize)
+        require(
+            file,
+            "its size in bytes",
+            (folder / file).stat().st_size,
+            max(1, said["tokens"]) * np.dtype(meta["dtype"]).itemsize,
+        )
         with open(folder / file, "rb") as stream:
-            require(file, "sha256", hashlib.file_digest(stream, "sha256").hexdigest(), said["sha256"])
+            require(
+                file, "sha256", hashlib.file_digest(stream, "sha256").hexdigest(), said["sha256"]
+            )
         ids = np.memmap(folder / file, dtype=meta["dtype"], mode="r")
         if (largest := int(ids.max())) >= tokenizer.n_vocab:
-            raise ValueError(f"{folder / file}: token id {largest} is outside the vocabulary of {tokenizer.n_vocab}; {mend}")
+            raise ValueError(
+                f"{folder / file}: token id {largest} is outside the vocabulary of {tokenizer.n_vocab}; {mend}"
+            )
         return ids
 
     return Corpus(folder, tokenizer, split("train"), split("val"), meta)

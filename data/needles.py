@@ -15,7 +15,9 @@ import numpy as np
 
 from data.tokenizer import Tokenizer
 
-BEGIN, NEEDLE, CONTEXT, QC = range(4)  # the paper's segments: first 10 tokens, needles, all else, question and completion
+BEGIN, NEEDLE, CONTEXT, QC = range(
+    4
+)  # the paper's segments: first 10 tokens, needles, all else, question and completion
 DIGITS = 5  # of a value
 HELD_OUT = 5  # one key or value in five is held out
 NAME = re.compile(rb" [a-z]{3,12}")  # a token that is a whole word after a space
@@ -41,7 +43,9 @@ class Example:
     tokens: np.ndarray  # (t) int64, beginning with end-of-text
     answer: np.ndarray  # (t) int64: which question's answer this token belongs to, -1 for none
     segment: np.ndarray  # (t) int8: BEGIN, NEEDLE (every hidden line), CONTEXT or QC
-    wrong: tuple[np.ndarray, ...] = ()  # for each question WRONG other answers, (7 n) int64, as many tokens as the right one has
+    wrong: tuple[
+        np.ndarray, ...
+    ] = ()  # for each question WRONG other answers, (7 n) int64, as many tokens as the right one has
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,30 @@ class Needles:
         self.ends_line = np.array([piece.endswith(b"\n") for piece in pieces])
         self.words = sorted(piece[1:].decode() for piece in pieces if NAME.fullmatch(piece))
         if len(self.words) < 20:
-            raise ValueError(f"the vocabulary has {len(self.words)} whole words and keys need 20: prepare the corpus with a larger --vocab-size")
-        self.line = max(len(self._line(f"# {self.words[0]}_{word} is", "9" * DIGITS).ids) for word in self.words)  # tokens of the longest needle
+            raise ValueError(
+                f"the vocabulary has {len(self.words)} whole words and keys need 20: prepare the corpus with a larger --vocab-size"
+            )
+        self.line = max(
+            len(self._line(f"# {self.words[0]}_{word} is", "9" * DIGITS).ids) for word in self.words
+        )  # tokens of the longest needle
 
     def counts(self, length: int) -> tuple[int, int]:
         """How many needles and questions a training example of `length` has: many, so that each step teaches much."""
         fitting = (length - 1) // (2 * self.line)
         if fitting < 1:
-            raise ValueError(f"length {length} has no room for a needle of {self.line} tokens and its question: train longer, or set needle_share = 0")
+            raise ValueError(
+                f"length {length} has no room for a needle of {self.line} tokens and its question: train longer, or set needle_share = 0"
+            )
         return min(max(4, length // 32), fitting), min(max(4, length // 64), fitting)
 
-    def example(self, rng: np.random.Generator, length: int, needles: int, questions: int, depth: float | None = None) -> Example:
+    def example(
+        self,
+        rng: np.random.Generator,
+        length: int,
+        needles: int,
+        questions: int,
+        depth: float | None = None,
+    ) -> Example:
         """`length` tokens of text with `needles` hidden in it and `questions` of them asked at the end, in random order.
 
         The first needle asked lies at `depth` (0 is the beginning, 1 just before the questions), the others anywhere; None: all
@@ -89,7 +106,9 @@ class Needles:
         """
         least = 1 + (needles + questions) * self.line
         if length < least:
-            raise ValueError(f"{needles} needles and {questions} questions may need {least} tokens: {length} is too short")
+            raise ValueError(
+                f"{needles} needles and {questions} questions may need {least} tokens: {length} is too short"
+            )
         lines = self._needles(rng, needles)
         asked = rng.permutation(needles)[:questions]
         depths = np.full(needles, np.nan)
@@ -97,7 +116,9 @@ class Needles:
             depths[asked[0]] = depth
         return self._compose(rng, length, lines, [lines[i] for i in asked], depths)
 
-    def task(self, name: str, rng: np.random.Generator, length: int, depth: float | None = None) -> Example:
+    def task(
+        self, name: str, rng: np.random.Generator, length: int, depth: float | None = None
+    ) -> Example:
         """An example of one of the TASKS, with wrong candidates, asked in order of appearance. The needle asked first (the beginning of
         the chain) lies at `depth`, others that are asked anywhere behind it, the rest, and all of aggregation, anywhere; None: that
         one anywhere too. Raises ValueError for an unknown name or when length has no room."""
@@ -118,27 +139,51 @@ class Needles:
         elif name == "variable-tracking":
             keys, values = self._draw(rng, 12, self._key), self._draw(rng, 4, self._value)
             chains = [
-                [self._line(f"# {a} is", value), self._line(f"# {b} equals", a), self._line(f"# {c} equals", b)]
+                [
+                    self._line(f"# {a} is", value),
+                    self._line(f"# {b} equals", a),
+                    self._line(f"# {c} equals", b),
+                ]
                 for a, b, c, value in zip(keys[0::3], keys[1::3], keys[2::3], values)
             ]
-            hidden, depths = sum(chains, []), np.concatenate([following(3)] + [np.sort(rng.random(3)) for _ in chains[1:]])
-            asked, rivals = [self._line(f"# {keys[2]} is", values[0])], [chain[0] for chain in chains[1:]]
+            hidden, depths = (
+                sum(chains, []),
+                np.concatenate([following(3)] + [np.sort(rng.random(3)) for _ in chains[1:]]),
+            )
+            asked, rivals = (
+                [self._line(f"# {keys[2]} is", values[0])],
+                [chain[0] for chain in chains[1:]],
+            )
         elif name == "aggregation":
             words = self._draw(rng, 8, self._word)
             top, *others = [self._line("# seen", word) for word in words]
             hidden = [top] * 5 + others * 2
-            asked, rivals, depths = [self._line("# most seen", words[0])], others, anywhere(len(hidden))
+            asked, rivals, depths = (
+                [self._line("# most seen", words[0])],
+                others,
+                anywhere(len(hidden)),
+            )
         else:
             raise ValueError(f"the task {name!r} is unknown: use one of {', '.join(TASKS)}")
         example = self._compose(rng, length, hidden, asked, depths)
-        return replace(example, wrong=tuple(self._wrong(rng, line, asked, rivals, self._word if name == "aggregation" else self._value) for line in asked))
+        return replace(
+            example,
+            wrong=tuple(
+                self._wrong(
+                    rng, line, asked, rivals, self._word if name == "aggregation" else self._value
+                )
+                for line in asked
+            ),
+        )
 
     def _needles(self, rng: np.random.Generator, count: int) -> list[Line]:
         """Lines of different keys and values."""
         keys, values = self._draw(rng, count, self._key), self._draw(rng, count, self._value)
         return [self._line(f"# {key} is", value) for key, value in zip(keys, values)]
 
-    def _wrong(self, rng: np.random.Generator, line: Line, asked: list[Line], rivals: list[Line], make) -> np.ndarray:
+    def _wrong(
+        self, rng: np.random.Generator, line: Line, asked: list[Line], rivals: list[Line], make
+    ) -> np.ndarray:
         """(7 n): the other needles' values first, then values that stand nowhere, all as many tokens long as the right one."""
         right, n = {tuple(other.answer) for other in asked}, line.end - line.start
         wrong = {tuple(rival.answer): None for rival in rivals if len(rival.answer) == n}
@@ -149,17 +194,30 @@ class Needles:
             if len(answer) == n and tuple(answer) not in right:
                 wrong[tuple(answer)] = None
         if len(wrong) < WRONG:
-            raise ValueError(f"this vocabulary has too few other answers of {n} tokens: prepare the corpus with another --vocab-size")
+            raise ValueError(
+                f"this vocabulary has too few other answers of {n} tokens: prepare the corpus with another --vocab-size"
+            )
         return np.array(list(wrong)[:WRONG])
 
-    def _compose(self, rng: np.random.Generator, length: int, hidden: list[Line], asked: list[Line], depths: np.ndarray) -> Example:
+    def _compose(
+        self,
+        rng: np.random.Generator,
+        length: int,
+        hidden: list[Line],
+        asked: list[Line],
+        depths: np.ndarray,
+    ) -> Example:
         """`hidden` in real text at `depths` (0 to 1, nan for anywhere; in order where two fall together), `asked` at its end."""
         tail = sum(len(line.ids) for line in asked)
         room = length - 1 - tail - sum(len(line.ids) for line in hidden)
         if room < 0:
-            raise ValueError(f"{len(hidden)} hidden lines and {len(asked)} questions take {length - room} tokens: {length} is too short")
+            raise ValueError(
+                f"{len(hidden)} hidden lines and {len(asked)} questions take {length - room} tokens: {length} is too short"
+            )
         text = self._haystack(rng, room)
-        breaks = np.concatenate(([0], 1 + np.flatnonzero(self.ends_line[text])))  # a line may begin here
+        breaks = np.concatenate(
+            ([0], 1 + np.flatnonzero(self.ends_line[text]))
+        )  # a line may begin here
         depths = np.where(np.isnan(depths), rng.random(len(hidden)), depths)
         places = breaks[np.abs(breaks[None, :] - depths[:, None] * room).argmin(1)]
         parts, start = [(np.array([self.tokenizer.eot_token]), CONTEXT)], 0
@@ -184,7 +242,9 @@ class Needles:
             name = make(rng)
             if held_out(name) == self.evaluation:
                 found[name] = None
-        raise ValueError(f"a needle example wants {count} names and this vocabulary makes {len(found)}: prepare the corpus with a larger --vocab-size")
+        raise ValueError(
+            f"a needle example wants {count} names and this vocabulary makes {len(found)}: prepare the corpus with a larger --vocab-size"
+        )
 
     def _key(self, rng: np.random.Generator) -> str:
         first, second = rng.integers(len(self.words), size=2)
@@ -198,16 +258,29 @@ class Needles:
 
     def _line(self, stem: str, answer: str) -> Line:
         """The line `stem answer`."""
-        before, after = self.tokenizer.encode_ordinary(stem), self.tokenizer.encode_ordinary(f" {answer}")
+        before, after = (
+            self.tokenizer.encode_ordinary(stem),
+            self.tokenizer.encode_ordinary(f" {answer}"),
+        )
         end = len(before) + len(after)
         space = self.tokenizer.token_bytes(after[0]) == b" "  # alone it is no part of the answer
-        return Line(np.array(before + after + self.tokenizer.encode_ordinary("\n")), len(before) + space, end)
+        return Line(
+            np.array(before + after + self.tokenizer.encode_ordinary("\n")),
+            len(before) + space,
+            end,
+        )
 
     def _haystack(self, rng: np.random.Generator, room: int) -> np.ndarray:
         """`room` consecutive tokens that end with a line's end."""
         if len(self.text) < room + SLACK:
-            raise ValueError(f"the corpus has {len(self.text)} tokens in this split and an example needs {room + SLACK}: prepare a larger one")
+            raise ValueError(
+                f"the corpus has {len(self.text)} tokens in this split and an example needs {room + SLACK}: prepare a larger one"
+            )
         start = int(rng.integers(len(self.text) - room - SLACK + 1))
-        ends = np.flatnonzero(self.ends_line[self.text[start + room - 1 : start + room - 1 + SLACK]]) if room else []
+        ends = (
+            np.flatnonzero(self.ends_line[self.text[start + room - 1 : start + room - 1 + SLACK]])
+            if room
+            else []
+        )
         start += int(ends[0]) if len(ends) else 0
         return np.asarray(self.text[start : start + room])

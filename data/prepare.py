@@ -23,17 +23,24 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from tqdm import tqdm
 
-from data.commandline import CommandLine, fail
+from commandline import CommandLine, fail
 from data.corpus import DEFAULT_CORPUS, FORMAT, dtype_for
 from data.tokenizer import Tokenizer, gpt2_tokenizer, pieces, train_tokenizer
 
-Documents = list[tuple[str, str]]  # (name, text); a name is relative to its root, so that splits do not depend on the machine
+Documents = list[
+    tuple[str, str]
+]  # (name, text); a name is relative to its root, so that splits do not depend on the machine
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
 LONGEST_RUN = 500_000
-QUIET = {"delay": 1, "leave": False, "disable": None}  # progress bars: only on a terminal, and only for what takes long
+QUIET = {
+    "delay": 1,
+    "leave": False,
+    "disable": None,
+}  # progress bars: only on a terminal, and only for what takes long
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------------
+
 
 def walk(root: Path, keep: Callable[[str], bool]) -> Iterator[tuple[str, Path]]:
     """(name relative to root, path) of the files below root whose own and whose folders' names are kept, sorted; links to
@@ -57,16 +64,24 @@ def read_text(path: Path) -> str | None:
 
 def python_sources(root: Path) -> Documents:
     """Python files below root, without tests and without `_sysconfigdata`, which the build writes and fills with its paths."""
-    files = [(name, path) for name, path in walk(root, lambda name: name not in LEFT_OUT and not name.startswith("_sysconfigdata"))
-             if name.endswith(".py")]
+    files = [
+        (name, path)
+        for name, path in walk(
+            root, lambda name: name not in LEFT_OUT and not name.startswith("_sysconfigdata")
+        )
+        if name.endswith(".py")
+    ]
     return [(name, text) for name, path in files if (text := read_text(path)) is not None]
 
 
 def from_text(path: Path) -> Documents:
     """A file, or every text file below a folder but the hidden ones."""
     if path.is_dir():
-        documents = [(name, text) for name, file in walk(path, lambda name: not name.startswith("."))
-                     if (text := read_text(file)) is not None]
+        documents = [
+            (name, text)
+            for name, file in walk(path, lambda name: not name.startswith("."))
+            if (text := read_text(file)) is not None
+        ]
         if not documents:
             raise ValueError(f"{path} holds no UTF-8 text file; give --text a folder that does")
         return documents
@@ -81,18 +96,32 @@ def from_text(path: Path) -> Documents:
 def from_package(name: str) -> Documents:
     """The Python sources of an installed package, found without importing it."""
     if not name.isidentifier():
-        raise ValueError(f"--packages {name!r} is not a package's import name; give a top-level name such as numpy")
+        raise ValueError(
+            f"--packages {name!r} is not a package's import name; give a top-level name such as numpy"
+        )
     try:
         spec = importlib.util.find_spec(name)
     except ValueError:  # a module without a spec, such as __main__
         spec = None
     if spec is None:
-        raise ValueError(f"package {name} is not installed here; install it, or check its import name")
-    documents = [(f"{name}/{file}", text) for root in spec.submodule_search_locations or [] for file, text in python_sources(Path(root))]
-    if not documents and (spec.origin or "").endswith(".py") and (text := read_text(Path(spec.origin))) is not None:
+        raise ValueError(
+            f"package {name} is not installed here; install it, or check its import name"
+        )
+    documents = [
+        (f"{name}/{file}", text)
+        for root in spec.submodule_search_locations or []
+        for file, text in python_sources(Path(root))
+    ]
+    if (
+        not documents
+        and (spec.origin or "").endswith(".py")
+        and (text := read_text(Path(spec.origin))) is not None
+    ):
         documents = [(f"{name}.py", text)]
     if not documents:
-        raise ValueError(f"package {name} has no Python source files (built in, a namespace, or compiled); leave it out")
+        raise ValueError(
+            f"package {name} has no Python source files (built in, a namespace, or compiled); leave it out"
+        )
     return documents
 
 
@@ -100,37 +129,50 @@ def from_url(url: str, sha256: str | None = None, timeout: float = 30.0) -> Docu
     """Download one text file into memory and check it before use. Raises OSError when it cannot be had whole, ValueError when
     it is not what was asked for."""
     if urlsplit(url).scheme not in ("http", "https"):
-        raise ValueError(f"--url {url} is not an http:// or https:// address; for a local file use --text")
+        raise ValueError(
+            f"--url {url} is not an http:// or https:// address; for a local file use --text"
+        )
     content = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:
             length = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=length or None, unit="B", unit_scale=True, desc="download", **QUIET) as bar:
+            with tqdm(
+                total=length or None, unit="B", unit_scale=True, desc="download", **QUIET
+            ) as bar:
                 while chunk := response.read(1 << 20):
                     content += chunk
                     bar.update(len(chunk))
         if len(content) < length:
             raise OSError(f"the connection ended after {len(content):,} of {length:,} bytes")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise OSError(f"cannot download {url} ({error or type(error).__name__}); check the address and the network, "
-                      "or fetch it elsewhere and use --text") from error
+        raise OSError(
+            f"cannot download {url} ({error or type(error).__name__}); check the address and the network, "
+            "or fetch it elsewhere and use --text"
+        ) from error
     found = hashlib.sha256(content).hexdigest()
     if sha256 and found != sha256.lower():
-        raise ValueError(f"{url} has sha256 {found}, not {sha256}; nothing was kept, check the address and the checksum")
+        raise ValueError(
+            f"{url} has sha256 {found}, not {sha256}; nothing was kept, check the address and the checksum"
+        )
     try:
         return [(url, content.decode("utf-8"))]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{url} is not UTF-8 text (byte {error.start}); give the address of a plain text file") from error
+        raise ValueError(
+            f"{url} is not UTF-8 text (byte {error.start}); give the address of a plain text file"
+        ) from error
 
 
 # ---- a corpus from documents ----------------------------------------------------------------------------------------------
+
 
 def split_documents(documents: Documents) -> tuple[list[str], list[str]]:
     """(training texts, validation texts), both in the order of the sha256 of the documents' names.
 
     Validation takes whole documents until it holds a tenth of the bytes, passing over any that is larger than that alone.
     Where whole documents cannot do it (fewer than ten, or one that outweighs the rest) it takes the last tenth of each."""
-    ordered = sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document[0])).digest())
+    ordered = sorted(
+        documents, key=lambda document: hashlib.sha256(os.fsencode(document[0])).digest()
+    )
     texts = [text for _, text in ordered if text]
     sizes = [len(text.encode()) for text in texts]
     tenth, held, chosen = sum(sizes) / 10, 0, set()
@@ -139,9 +181,17 @@ def split_documents(documents: Documents) -> tuple[list[str], list[str]]:
             chosen.add(i)
             held += size
     if len(texts) >= 10 and held >= tenth:
-        return [text for i, text in enumerate(texts) if i not in chosen], [texts[i] for i in sorted(chosen)]
-    cuts = [text.rfind("\n", len(text) * 8 // 10, len(text) * 9 // 10) + 1 or len(text) * 9 // 10 for text in texts]
-    return ([text[:cut] for text, cut in zip(texts, cuts) if cut], [text[cut:] for text, cut in zip(texts, cuts)])
+        return [text for i, text in enumerate(texts) if i not in chosen], [
+            texts[i] for i in sorted(chosen)
+        ]
+    cuts = [
+        text.rfind("\n", len(text) * 8 // 10, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
+        for text in texts
+    ]
+    return (
+        [text[:cut] for text, cut in zip(texts, cuts) if cut],
+        [text[cut:] for text, cut in zip(texts, cuts)],
+    )
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
@@ -149,7 +199,9 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tup
     batch: list[tuple[bool, str]] = []  # (does it begin a document, piece)
 
     def encoded() -> Iterator[tuple[str, list[int]]]:
-        for (begins, piece), ids in zip(batch, tokenizer.encode_batch([piece for _, piece in batch])):
+        for (begins, piece), ids in zip(
+            batch, tokenizer.encode_batch([piece for _, piece in batch])
+        ):
             yield piece, [tokenizer.eot_token] * begins + ids
         batch.clear()
 
@@ -167,7 +219,10 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tup
 def write_split(file: Path, tokenizer: Tokenizer, texts: list[str]) -> dict:
     """Write a .bin and return its entry in meta.json."""
     tokens, digest, size = 0, hashlib.sha256(), sum(len(text.encode()) for text in texts)
-    with open(file, "wb") as stream, tqdm(total=size, desc=f"encode {file.stem}", unit="B", unit_scale=True, **QUIET) as bar:
+    with (
+        open(file, "wb") as stream,
+        tqdm(total=size, desc=f"encode {file.stem}", unit="B", unit_scale=True, **QUIET) as bar,
+    ):
         for piece, ids in encode_documents(tokenizer, texts):
             content = np.array(ids, dtype=dtype_for(tokenizer.n_vocab)).tobytes()
             stream.write(content)
@@ -183,7 +238,11 @@ def check_out(out: Path) -> None:
         what = "already holds a corpus" if (out / "meta.json").exists() else "is not empty"
         raise FileExistsError(f"{out} {what}; remove it first, or give another folder with --out")
     above = next(folder for folder in out.absolute().parents if folder.exists())
-    if (out.exists() and not out.is_dir()) or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    if (
+        (out.exists() and not out.is_dir())
+        or not above.is_dir()
+        or not os.access(above, os.W_OK | os.X_OK)
+    ):
         raise OSError(f"cannot make the folder {out}; give a writable place with --out")
 
 
@@ -193,8 +252,13 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def prepare(documents: Documents, out: Path | str, vocab_size: int = 2048, tokenizer: Tokenizer | None = None,
-            source: str = "documents") -> dict:
+def prepare(
+    documents: Documents,
+    out: Path | str,
+    vocab_size: int = 2048,
+    tokenizer: Tokenizer | None = None,
+    source: str = "documents",
+) -> dict:
     """Write a corpus to the folder out and return its meta; all or nothing. Without a tokenizer, BPE of vocab_size ids is trained
     on the training split. Raises ValueError for documents that cannot make a corpus, OSError when out cannot be written."""
     out = Path(out)
@@ -204,58 +268,122 @@ def prepare(documents: Documents, out: Path | str, vocab_size: int = 2048, token
         raise ValueError(f"there is no text to train on in {source}; give files that hold some")
     for name, text in documents:  # the regex engines backtrack through spaces, and run out of stack
         if any(space * LONGEST_RUN in text for space in " \t"):
-            raise ValueError(f"{name} has {LONGEST_RUN:,} spaces or tabs in a row, which no tokenizer takes; leave it out")
-    tokenizer = tokenizer or train_tokenizer(tqdm(train, desc="learn the vocabulary", unit="documents", **QUIET), vocab_size)
+            raise ValueError(
+                f"{name} has {LONGEST_RUN:,} spaces or tabs in a row, which no tokenizer takes; leave it out"
+            )
+    tokenizer = tokenizer or train_tokenizer(
+        tqdm(train, desc="learn the vocabulary", unit="documents", **QUIET), vocab_size
+    )
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
     try:
         unfinished.mkdir(parents=True)
         tokenizer.save(unfinished)
-        meta = {"format": FORMAT, "source": source, "dtype": dtype_for(tokenizer.n_vocab), "n_vocab": tokenizer.n_vocab,
-                "tokenizer": tokenizer.hash, "python": platform.python_version(),
-                "train": write_split(unfinished / "train.bin", tokenizer, train),
-                "val": write_split(unfinished / "val.bin", tokenizer, val)}
+        meta = {
+            "format": FORMAT,
+            "source": source,
+            "dtype": dtype_for(tokenizer.n_vocab),
+            "n_vocab": tokenizer.n_vocab,
+            "tokenizer": tokenizer.hash,
+            "python": platform.python_version(),
+            "train": write_split(unfinished / "train.bin", tokenizer, train),
+            "val": write_split(unfinished / "val.bin", tokenizer, val),
+        }
         (unfinished / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         for path in [*unfinished.iterdir(), unfinished]:
             sync(path)
         os.replace(unfinished, out)
         sync(out.parent)
     except OSError as error:
-        raise OSError(f"cannot write {out} ({error.strerror or error}); make room, or give another folder with --out") from error
+        raise OSError(
+            f"cannot write {out} ({error.strerror or error}); make room, or give another folder with --out"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     size, tokens = (meta["train"][key] + meta["val"][key] for key in ("bytes", "tokens"))
-    print(f"{out}: {sum(text != '' for _, text in documents):,} documents, {size:,} bytes, {tokens:,} tokens, "
-          f"{size / tokens:.2f} bytes per token; {meta['val']['bytes'] / size:.1%} of the bytes are validation")
+    print(
+        f"{out}: {sum(text != '' for _, text in documents):,} documents, {size:,} bytes, {tokens:,} tokens, "
+        f"{size / tokens:.2f} bytes per token; {meta['val']['bytes'] / size:.1%} of the bytes are validation"
+    )
     return meta
 
 
-def prepare_stdlib(out: Path | str = DEFAULT_CORPUS, vocab_size: int = 2048, tokenizer: Tokenizer | None = None) -> dict:
+def prepare_stdlib(
+    out: Path | str = DEFAULT_CORPUS, vocab_size: int = 2048, tokenizer: Tokenizer | None = None
+) -> dict:
     """The default corpus: the standard library of the Python that runs this."""
     documents = python_sources(Path(sysconfig.get_path("stdlib")))
-    return prepare(documents, out, vocab_size, tokenizer, source=f"the standard library of Python {platform.python_version()}")
+    return prepare(
+        documents,
+        out,
+        vocab_size,
+        tokenizer,
+        source=f"the standard library of Python {platform.python_version()}",
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Bad input is one line and status 2."""
-    line = CommandLine(prog="python -m data.prepare", description="Make a corpus from text; by default from Python's standard library.")
-    line.add_argument("--text", nargs="+", action="extend", default=[], type=Path, metavar="PATH", help="files and folders of UTF-8 text")
+    line = CommandLine(
+        prog="python -m data.prepare",
+        description="Make a corpus from text; by default from Python's standard library.",
+    )
+    line.add_argument(
+        "--text",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=Path,
+        metavar="PATH",
+        help="files and folders of UTF-8 text",
+    )
     line.add_argument("--url", help="a text file to download")
     line.add_argument("--sha256", metavar="HEX", help="what --url must hash to")
-    line.add_argument("--packages", nargs="+", action="extend", default=[], metavar="NAME", help="installed packages' Python sources")
-    line.add_argument("--encoding", choices=["gpt2"], help="tiktoken's, in place of a vocabulary trained on the text")
-    line.add_argument("--vocab-size", type=int, metavar="N", help="ids to train, end of text included (default 2048)")
-    line.add_argument("--out", type=Path, metavar="DIR", help=f"default {DEFAULT_CORPUS}; with other sources, beside it, named after the first")
+    line.add_argument(
+        "--packages",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="installed packages' Python sources",
+    )
+    line.add_argument(
+        "--encoding",
+        choices=["gpt2"],
+        help="tiktoken's, in place of a vocabulary trained on the text",
+    )
+    line.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="ids to train, end of text included (default 2048)",
+    )
+    line.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"default {DEFAULT_CORPUS}; with other sources, beside it, named after the first",
+    )
     try:
         args = line.parse(argv)
         if args.sha256 is not None and args.url is None:
             raise ValueError("--sha256 checks a download; give --url too, or leave it out")
-        if args.sha256 is not None and (len(args.sha256) != 64 or set(args.sha256.lower()) - set("0123456789abcdef")):
-            raise ValueError(f"--sha256 {args.sha256} is not 64 hex digits; `sha256sum FILE` prints them")
+        if args.sha256 is not None and (
+            len(args.sha256) != 64 or set(args.sha256.lower()) - set("0123456789abcdef")
+        ):
+            raise ValueError(
+                f"--sha256 {args.sha256} is not 64 hex digits; `sha256sum FILE` prints them"
+            )
         if args.encoding and args.vocab_size is not None:
-            raise ValueError(f"--encoding {args.encoding} brings its own vocabulary; leave out --vocab-size {args.vocab_size}")
+            raise ValueError(
+                f"--encoding {args.encoding} brings its own vocabulary; leave out --vocab-size {args.vocab_size}"
+            )
         args.vocab_size = 2048 if args.vocab_size is None else args.vocab_size
         sources = [*map(str, args.text), *([] if args.url is None else [args.url]), *args.packages]
-        name = Path(unquote(urlsplit(sources[0]).path)).resolve().stem if sources else DEFAULT_CORPUS.name
+        name = (
+            Path(unquote(urlsplit(sources[0]).path)).resolve().stem
+            if sources
+            else DEFAULT_CORPUS.name
+        )
         out = args.out or DEFAULT_CORPUS.with_name(name or "text")
         check_out(out)
         documents = [document for path in args.text for document in from_text(path)]

@@ -22,14 +22,31 @@ from pathlib import Path
 import torch
 
 from attention import visible_pairs
-from data.commandline import CommandLine, fail
+from commandline import CommandLine, fail
+from engine import stream
 from lab.report import check_out, write
 from model import ModelConfig, Transformer, layer_plan
 from train import choose_device
 
 SIZES = {  # one size for every pattern; small enough for a CPU, large enough for a GPU to be busy
-    "cpu": {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 128, "d_ff": 336, "vocab_size": 2048, "window": 64},
-    "cuda": {"n_layer": 12, "n_head": 12, "n_kv_head": 4, "d_model": 768, "d_ff": 2048, "vocab_size": 16384, "window": 1024},
+    "cpu": {
+        "n_layer": 4,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "d_model": 128,
+        "d_ff": 336,
+        "vocab_size": 2048,
+        "window": 64,
+    },
+    "cuda": {
+        "n_layer": 12,
+        "n_head": 12,
+        "n_kv_head": 4,
+        "d_model": 768,
+        "d_ff": 2048,
+        "vocab_size": 16384,
+        "window": 1024,
+    },
 }
 LENGTHS = {"cpu": [512, 1024, 2048, 4096, 8192], "cuda": [4096, 16384, 65536, 131072]}
 DECODED = 32  # tokens
@@ -45,12 +62,21 @@ class Cost:
     prefill_ms: float  # of the context
     train_ms: float  # forward and backward of one sequence; nan where it was left out
     cache_bytes: int
-    peak_mb: float  # of the process while decoding and training, beyond what the model and torch take
+    peak_mb: (
+        float  # of the process while decoding and training, beyond what the model and torch take
+    )
     cache_promised: float  # (n_full + n_windowed min(1, W/L)) / n_layer
     pairs_promised: float  # visible pairs, which attention's work in training and prefill follows
 
 
-def measure(pattern: str, length: int, sizes: dict, device_name: str, repeats: int = 3, training: bool = True) -> Cost:
+def measure(
+    pattern: str,
+    length: int,
+    sizes: dict,
+    device_name: str,
+    repeats: int = 3,
+    training: bool = True,
+) -> Cost:
     """Median times of one pattern at one length, in tokens, on random tokens; without `training`, of reading and writing alone."""
     device = torch.device(device_name)
     torch.manual_seed(0)
@@ -82,7 +108,7 @@ def measure(pattern: str, length: int, sizes: dict, device_name: str, repeats: i
     prefills, decodes = [], []
     for _ in range(repeats):
         cache = model.new_cache(1, length + DECODED + 1)
-        stream = model.stream(tokens, DECODED + 1, cache=cache)
+        stream = stream(model, tokens, DECODED + 1, cache=cache)
         prefills.append(timed(lambda: next(stream)))
         decodes += [timed(lambda: next(stream)) for _ in range(DECODED)]
     plan, full = layer_plan(config), visible_pairs(length)
@@ -99,15 +125,31 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage would also count what the parent held before this program began
+    if (
+        status.exists()
+    ):  # Linux, where getrusage would also count what the parent held before this program began
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )  # bytes there, KiB elsewhere
 
 
 def table(costs: list[Cost]) -> str:
     """Rows by length, each cost beside its fraction of R's and what arithmetic promises."""
     base = {cost.length: cost for cost in costs if cost.pattern == "R"}
-    head = ["context", "pattern", "decode ms", "prefill ms", "train ms", "peak MiB", "cache bytes", "of R's", "promised", "train of R's", "pairs promised"]
+    head = [
+        "context",
+        "pattern",
+        "decode ms",
+        "prefill ms",
+        "train ms",
+        "peak MiB",
+        "cache bytes",
+        "of R's",
+        "promised",
+        "train of R's",
+        "pairs promised",
+    ]
     rows = [head]
     for cost in sorted(costs, key=lambda c: c.length):
         of = base.get(cost.length)
@@ -117,7 +159,9 @@ def table(costs: list[Cost]) -> str:
             f"{cost.train_ms / of.train_ms:.2f}" if of else "", f"{cost.pairs_promised:.3f}",
         ])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows
+    )
 
 
 def plot(costs: list[Cost], out: Path) -> None:
@@ -125,12 +169,19 @@ def plot(costs: list[Cost], out: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 3.6), layout="constrained")
-    panels = {"decode_ms": "decoding, ms a token", "prefill_ms": "prefill, ms", "train_ms": "training step, ms", "cache_bytes": "cache, bytes"}
+    panels = {
+        "decode_ms": "decoding, ms a token",
+        "prefill_ms": "prefill, ms",
+        "train_ms": "training step, ms",
+        "cache_bytes": "cache, bytes",
+    }
     if math.isnan(costs[0].train_ms):
         del panels["train_ms"]
     for axis, (key, title) in zip(figure.subplots(1, len(panels)), panels.items()):
         for pattern in dict.fromkeys(cost.pattern for cost in costs):
-            points = sorted((cost.length, getattr(cost, key)) for cost in costs if cost.pattern == pattern)
+            points = sorted(
+                (cost.length, getattr(cost, key)) for cost in costs if cost.pattern == pattern
+            )
             axis.plot(*zip(*points), marker=".", label=pattern)
         axis.set(title=title, xlabel="context, tokens", xscale="log", yscale="log")
         axis.grid(alpha=0.3)
@@ -140,12 +191,28 @@ def plot(costs: list[Cost], out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = CommandLine(prog="python -m lab.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(
+        prog="python -m lab.cost",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--patterns", nargs="+", default=["R", "RN", "rrrN"])
-    parser.add_argument("--lengths", nargs="+", type=int, help="tokens (default: 512 to 8k on CPU, 4k to 128k on CUDA)")
-    parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="measure a training step too, whose memory is the larger")
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=int,
+        help="tokens (default: 512 to 8k on CPU, 4k to 128k on CUDA)",
+    )
+    parser.add_argument(
+        "--train",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure a training step too, whose memory is the larger",
+    )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, default=Path("cost"), help="OUT.csv and OUT.png (default: cost)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("cost"), help="OUT.csv and OUT.png (default: cost)"
+    )
     try:
         args = parser.parse(argv)
         device, _ = choose_device(args.device)
@@ -159,12 +226,20 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(error)
     print(f"{sizes} on {device}, {torch.get_num_threads()} threads")
-    jobs = [(pattern, length, sizes, str(device), 3, args.train) for length in lengths for pattern in args.patterns]
+    jobs = [
+        (pattern, length, sizes, str(device), 3, args.train)
+        for length in lengths
+        for pattern in args.patterns
+    ]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         costs = []
         for job in jobs:
             costs.append(pool.apply(measure, job))
-            print(f"  {costs[-1].length:,} {costs[-1].pattern}: {costs[-1].decode_ms:.2f} ms a token", file=sys.stderr, flush=True)
+            print(
+                f"  {costs[-1].length:,} {costs[-1].pattern}: {costs[-1].decode_ms:.2f} ms a token",
+                file=sys.stderr,
+                flush=True,
+            )
     print(table(costs))
     write(costs, args.out, plot)
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.commandline import fail
+from commandline import fail
 from data.corpus import Corpus
-from lab.evaluate import least_trained, mean_and_error, open_checkpoints
-from lab.report import check_out, checkpoint_command, write
+from engine import fill
+from evaluate import mean_and_error
+from lab.report import check_out, checkpoint_command, least_trained, open_checkpoints, write
 from model import Transformer
 from train import choose_device
 
@@ -48,29 +49,43 @@ def windows(ids: np.ndarray, eot: int, longest: int, count: int) -> list[tuple[i
         for turn in range(max(0, (end - start - longest) // TARGETS + 1))
     ]
     if len(found) < count:
-        raise ValueError(f"the validation text has {len(found)} windows of {longest:,} tokens inside its documents, not {count}: give shorter --contexts, fewer --windows, or a corpus of longer documents")
+        raise ValueError(
+            f"the validation text has {len(found)} windows of {longest:,} tokens inside its documents, not {count}: give shorter --contexts, fewer --windows, or a corpus of longer documents"
+        )
     return [(document, end) for _, document, end in sorted(found)[:count]]
 
 
 @torch.inference_mode()
 def loss(model: Transformer, ids: np.ndarray, end: int, context: int, eot: int) -> float:
     """Mean nats of ids[end - TARGETS : end] when `context` tokens, end-of-text first, lead up to the last."""
-    sequence = torch.from_numpy(np.concatenate(([eot], ids[end - context : end])).astype(np.int64)).to(model.embed_tokens.weight.device)
+    sequence = torch.from_numpy(
+        np.concatenate(([eot], ids[end - context : end])).astype(np.int64)
+    ).to(model.embed_tokens.weight.device)
     cache = model.new_cache(1, context)
     if context > TARGETS:
-        model.fill(sequence[None, : context - TARGETS], cache)
+        fill(model, sequence[None, : context - TARGETS], cache)
     logits = model(sequence[None, context - TARGETS : context], cache=cache)[0]
     return F.cross_entropy(logits.float(), sequence[-TARGETS:]).item()
 
 
-def measure(model: Transformer, corpus: Corpus, name: str, contexts: list[int], count: int) -> list[Point]:
+def measure(
+    model: Transformer, corpus: Corpus, name: str, contexts: list[int], count: int
+) -> list[Point]:
     """A point for each context, over the same targets."""
     eot = corpus.tokenizer.eot_token
     chosen = windows(corpus.val, eot, max(contexts), count)
     points = []
     for context in contexts:
         nats = [loss(model, corpus.val, end, context, eot) for _, end in chosen]
-        points.append(Point(name, context, count, len({document for document, _ in chosen}), *mean_and_error(nats)))
+        points.append(
+            Point(
+                name,
+                context,
+                count,
+                len({document for document, _ in chosen}),
+                *mean_and_error(nats),
+            )
+        )
         print(f"\r{name}: {context:,}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return points
@@ -83,9 +98,19 @@ def table(points: list[Point]) -> str:
     lines = ["   context  " + "  ".join(f"{name:>18}" for name in names)]
     for context in dict.fromkeys(point.context for point in points):
         row = [at[name, context] for name in names if (name, context) in at]
-        lines.append(f"{context:>10,}  " + "  ".join(f"{f'{p.nats:.4f} ± {p.error:.4f}':>{max(18, len(p.checkpoint))}}" for p in row))
+        lines.append(
+            f"{context:>10,}  "
+            + "  ".join(
+                f"{f'{p.nats:.4f} ± {p.error:.4f}':>{max(18, len(p.checkpoint))}}" for p in row
+            )
+        )
     first = points[0]
-    return "\n".join([*lines, f"nats per token of the last {TARGETS} tokens, ± standard error over {first.windows} windows from {first.documents} documents"])
+    return "\n".join(
+        [
+            *lines,
+            f"nats per token of the last {TARGETS} tokens, ± standard error over {first.windows} windows from {first.documents} documents",
+        ]
+    )
 
 
 def plot(points: list[Point], out: Path) -> None:
@@ -96,8 +121,17 @@ def plot(points: list[Point], out: Path) -> None:
     axis = figure.subplots()
     for name in dict.fromkeys(point.checkpoint for point in points):
         line = [point for point in points if point.checkpoint == name]
-        axis.errorbar([p.context for p in line], [p.nats for p in line], [p.error for p in line], marker=".", capsize=2, label=name)
-    axis.set(xscale="log", xlabel="context, tokens", ylabel=f"loss of the last {TARGETS} tokens, nats")
+        axis.errorbar(
+            [p.context for p in line],
+            [p.nats for p in line],
+            [p.error for p in line],
+            marker=".",
+            capsize=2,
+            label=name,
+        )
+    axis.set(
+        xscale="log", xlabel="context, tokens", ylabel=f"loss of the last {TARGETS} tokens, nats"
+    )
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(out, dpi=120)
@@ -106,7 +140,12 @@ def plot(points: list[Point], out: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = checkpoint_command("loss_by_position", __doc__, "loss-by-position")
-    parser.add_argument("--contexts", nargs="+", type=int, help="tokens (default: 128, 256, ... to 16 times the trained length)")
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        type=int,
+        help="tokens (default: 128, 256, ... to 16 times the trained length)",
+    )
     parser.add_argument("--windows", type=int, default=100)
     try:
         args = parser.parse(argv)
@@ -114,7 +153,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.windows < 1:
             raise ValueError(f"--windows {args.windows} must be at least 1")
         models, corpus = open_checkpoints(args.checkpoints, args.data, device)
-        contexts = args.contexts or [TARGETS * 2**i for i in range(32) if TARGETS * 2**i <= 16 * least_trained(models, "--contexts")]
+        contexts = args.contexts or [
+            TARGETS * 2**i
+            for i in range(32)
+            if TARGETS * 2**i <= 16 * least_trained(models, "--contexts")
+        ]
         contexts = sorted(set(contexts))
         if min(contexts) < TARGETS:
             raise ValueError(f"--contexts {min(contexts)} must be at least the {TARGETS} targets")
@@ -122,7 +165,11 @@ def main(argv: list[str] | None = None) -> None:
         check_out(args.out)
     except (ValueError, OSError) as error:
         fail(error)
-    points = [point for name, model in models.items() for point in measure(model, corpus, name, contexts, args.windows)]
+    points = [
+        point
+        for name, model in models.items()
+        for point in measure(model, corpus, name, contexts, args.windows)
+    ]
     print(table(points))
     write(points, args.out, plot)
 

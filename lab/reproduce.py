@@ -24,11 +24,28 @@ from pathlib import Path
 
 import torch
 
-from data.commandline import CommandLine, fail
+from commandline import CommandLine, fail
 from data.corpus import Corpus, load_corpus
+from evaluate import mean_and_error
 from lab import cost
-from lab.evaluate import mean_and_error
-from lab.runs import HERE, LEARNED, RATES, TASKS, TIMES, WORK, Plan, at_rate, at_trained_length, best, default_corpus, extension, found, has_learned, kept, record
+from lab.runs import (
+    HERE,
+    LEARNED,
+    RATES,
+    TASKS,
+    TIMES,
+    WORK,
+    Plan,
+    at_rate,
+    at_trained_length,
+    best,
+    default_corpus,
+    extension,
+    found,
+    has_learned,
+    kept,
+    record,
+)
 from model import ModelConfig, Transformer
 from recipe import read_toml
 
@@ -41,7 +58,11 @@ VARIANTS = {  # name -> flags; those of eight layers take rrrN's learning rate
     "RN": (("pattern", "RN"),),
     "rrrN": (("pattern", "rrrN"),),
 }
-DEEP = {"rN": "1:1", "rrrN": "3:1", "rrrrrrrN": "7:1"}  # patterns at eight layers -> windowed to full
+DEEP = {
+    "rN": "1:1",
+    "rrrN": "3:1",
+    "rrrrrrrN": "7:1",
+}  # patterns at eight layers -> windowed to full
 
 
 @dataclass(frozen=True)
@@ -74,7 +95,9 @@ class Lab:
     corpus: Corpus
     seeds: list[int]
     rates: list[float] = field(default_factory=lambda: list(RATES))
-    chosen: dict[str, tuple[Plan, bool]] = field(default_factory=dict)  # variant -> its run of seed 1, and whether that learned
+    chosen: dict[str, tuple[Plan, bool]] = field(
+        default_factory=dict
+    )  # variant -> its run of seed 1, and whether that learned
     second: set[str] = field(default_factory=set)  # variants whose second stage was asked for
 
     def flags(self, variant: str) -> tuple:
@@ -89,7 +112,9 @@ class Lab:
         """The variant's run of seed 1 and whether it learned; where it never did, the unstretched one, which other seeds then repeat."""
         if variant not in self.chosen:
             rates = [rate_of(self.choose("rrrN")[0])] if variant.endswith("x8") else self.rates
-            plan, made = best(self.scale.base, self.flags(variant), self.corpus, rates, self.scale.trained)
+            plan, made = best(
+                self.scale.base, self.flags(variant), self.corpus, rates, self.scale.trained
+            )
             learned = has_learned(made, self.scale.trained)
             if not learned:
                 plan = Plan(plan.recipe, tuple(flag for flag in plan.flags if flag[0] != "stretch"))
@@ -99,9 +124,16 @@ class Lab:
     def plan(self, variant: str, seed: int, stretched: bool = True) -> Plan:
         """The variant's run of a seed: seed 1's flags, and three times the steps where these are not enough for this seed."""
         plan, learned = self.choose(variant)
-        short = tuple(flag for flag in plan.flags if stretched or flag[0] != "stretch") + ((("seed", str(seed)),) if seed > 1 else ())
+        short = tuple(flag for flag in plan.flags if stretched or flag[0] != "stretch") + (
+            (("seed", str(seed)),) if seed > 1 else ()
+        )
         plan = Plan(plan.recipe, short)
-        if stretched and learned and "stretch" not in dict(short) and not has_learned(self.record(plan, what="run"), self.scale.trained):
+        if (
+            stretched
+            and learned
+            and "stretch" not in dict(short)
+            and not has_learned(self.record(plan, what="run"), self.scale.trained)
+        ):
             plan = Plan(plan.recipe, (*short, ("stretch", "3")))
         return plan
 
@@ -112,17 +144,25 @@ class Lab:
 
     def loss(self, variant: str) -> list[float]:
         """Validation loss after the same steps for every variant, nats per token at the trained length."""
-        return [self.record(self.plan(variant, seed, stretched=False), what="run")["val_loss"] for seed in self.seeds]
+        return [
+            self.record(self.plan(variant, seed, stretched=False), what="run")["val_loss"]
+            for seed in self.seeds
+        ]
 
     def extended(self, variant: str, recipe: str | None = None) -> list[Plan]:
         """The variant's second stage: theta raised for RoPE, positions untouched for hybrids and NoPE, unless `recipe` says otherwise."""
         self.second.add(variant)
-        recipe = recipe or (self.scale.extend_rope if variant in ("R", "QK-Norm") else self.scale.extend)
+        recipe = recipe or (
+            self.scale.extend_rope if variant in ("R", "QK-Norm") else self.scale.extend
+        )
         return [extension(recipe, self.plan(variant, seed)) for seed in self.seeds]
 
     def needles(self, plans: list[Plan], length: int, task: str, **treatment) -> list[float]:
         """Exact match of a task at a length."""
-        return [found(self.record(plan, treatment=treatment or None), task, length)["exact"] for plan in plans]
+        return [
+            found(self.record(plan, treatment=treatment or None), task, length)["exact"]
+            for plan in plans
+        ]
 
     def base(self, variant: str) -> list[Plan]:
         """The variant's first stage."""
@@ -131,12 +171,21 @@ class Lab:
     def mass(self, plans: list[Plan], key: str, layers: str = "all") -> list[float]:
         """A figure of lab.attention_mass at four times the trained length."""
         rows = [self.record(plan, what="attention")["masses"] for plan in plans]
-        return [next(row[key] for row in each if (row["length"], row["layers"]) == (4 * self.scale.trained, layers)) for each in rows]
+        return [
+            next(
+                row[key]
+                for row in each
+                if (row["length"], row["layers"]) == (4 * self.scale.trained, layers)
+            )
+            for each in rows
+        ]
 
 
 def rate_of(plan: Plan) -> float:
     """Learning rate of a run."""
-    return float(dict(plan.flags).get("lr", read_toml(HERE / "recipes" / f"{plan.recipe}.toml")["lr"]))
+    return float(
+        dict(plan.flags).get("lr", read_toml(HERE / "recipes" / f"{plan.recipe}.toml")["lr"])
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +199,9 @@ class Part:
     says: str
     shown: dict[str, list[float]]
     differences: list[float]
-    learned: dict[str, list[bool]] = field(default_factory=dict)  # of the variants whose retrieval it is about
+    learned: dict[str, list[bool]] = field(
+        default_factory=dict
+    )  # of the variants whose retrieval it is about
 
 
 @dataclass(frozen=True)
@@ -171,29 +222,49 @@ def verdict(part: Part) -> str:
     mean, error = mean_and_error(part.differences)
     if len(part.differences) < 2:
         return "not decided: one seed"
-    sign = (all(d > 0 for d in part.differences) and mean > 2 * error) - (all(d < 0 for d in part.differences) and -mean > 2 * error)
+    sign = (all(d > 0 for d in part.differences) and mean > 2 * error) - (
+        all(d < 0 for d in part.differences) and -mean > 2 * error
+    )
     return {1: "reproduced", 0: "not decided", -1: "reversed"}[sign]
 
 
-def above(says: str, a: tuple[str, list[float]], b: tuple[str, list[float]], learned: dict | None = None, margin: float = 0.0) -> Part:
+def above(
+    says: str,
+    a: tuple[str, list[float]],
+    b: tuple[str, list[float]],
+    learned: dict | None = None,
+    margin: float = 0.0,
+) -> Part:
     """a > b - margin."""
     return Part(says, dict([a, b]), [x - y + margin for x, y in zip(a[1], b[1])], learned or {})
 
 
-def below(says: str, a: tuple[str, list[float]], b: tuple[str, list[float]], learned: dict | None = None, margin: float = 0.0) -> Part:
+def below(
+    says: str,
+    a: tuple[str, list[float]],
+    b: tuple[str, list[float]],
+    learned: dict | None = None,
+    margin: float = 0.0,
+) -> Part:
     """a < b + margin."""
     return Part(says, dict([a, b]), [y - x + margin for x, y in zip(a[1], b[1])], learned or {})
 
 
 def _loss(lab: Lab) -> list[Part]:
     r, qk, n = ((name, lab.loss(name)) for name in ("R", "QK-Norm", "N"))
-    return [below("R no worse than QK-Norm", r, qk, margin=MARGIN), below("R < N", r, n), below("QK-Norm < N", qk, n)]
+    return [
+        below("R no worse than QK-Norm", r, qk, margin=MARGIN),
+        below("R < N", r, n),
+        below("QK-Norm < N", qk, n),
+    ]
 
 
 def _long_needles(lab: Lab) -> list[Part]:
     names, parts = ("R", "N", "QK-Norm"), []
     for task in TASKS:
-        r, n, qk = ((name, lab.needles(lab.extended(name), lab.scale.extended, task)) for name in names)
+        r, n, qk = (
+            (name, lab.needles(lab.extended(name), lab.scale.extended, task)) for name in names
+        )
         for a, b in ((r, n), (n, qk), (r, qk)):
             parts.append(above(f"{task}: {a[0]} > {b[0]}", a, b, lab.learned((a[0], b[0]), task)))
     return parts
@@ -201,19 +272,34 @@ def _long_needles(lab: Lab) -> list[Part]:
 
 def _needle_mass(lab: Lab) -> list[Part]:
     n, r, qk = ((name, lab.mass(lab.extended(name), "needle")) for name in ("N", "R", "QK-Norm"))
-    return [above(f"{a[0]} > {b[0]}", a, b, lab.learned((a[0], b[0]))) for a, b in ((n, r), (r, qk))]
+    return [
+        above(f"{a[0]} > {b[0]}", a, b, lab.learned((a[0], b[0]))) for a, b in ((n, r), (r, qk))
+    ]
 
 
 def _sink(lab: Lab) -> list[Part]:
     r, qk = lab.mass(lab.extended("R"), "begin"), lab.mass(lab.extended("QK-Norm"), "begin")
-    return [Part("begin mass: QK-Norm under a tenth of R", {"R": r, "QK-Norm": qk}, [x / 10 - y for x, y in zip(r, qk)])]
+    return [
+        Part(
+            "begin mass: QK-Norm under a tenth of R",
+            {"R": r, "QK-Norm": qk},
+            [x / 10 - y for x, y in zip(r, qk)],
+        )
+    ]
 
 
 def _entropy(lab: Lab) -> list[Part]:
-    r, qk = lab.mass(lab.extended("R"), "entropy_share"), lab.mass(lab.extended("QK-Norm"), "entropy_share")
+    r, qk = (
+        lab.mass(lab.extended("R"), "entropy_share"),
+        lab.mass(lab.extended("QK-Norm"), "entropy_share"),
+    )
     return [
         above("entropy / log2(keys): QK-Norm > R", ("QK-Norm", qk), ("R", r)),
-        Part("the ratio is between 1.5 and 2.5", {"QK-Norm / R": [y / x for x, y in zip(r, qk)]}, [0.5 - abs(y / x - 2) for x, y in zip(r, qk)]),
+        Part(
+            "the ratio is between 1.5 and 2.5",
+            {"QK-Norm / R": [y / x for x, y in zip(r, qk)]},
+            [0.5 - abs(y / x - 2) for x, y in zip(r, qk)],
+        ),
     ]
 
 
@@ -221,24 +307,56 @@ def _hybrid_layers(lab: Lab) -> list[Part]:
     plans = lab.extended("RN")
     of = lambda key, layers: (f"{layers} layers", lab.mass(plans, key, layers))
     return [
-        above("needle mass: NoPE layers > RoPE layers", of("needle", "NoPE"), of("needle", "RoPE"), lab.learned(["RN"])),
-        above("mass on question and answer: RoPE layers > NoPE layers", of("qc", "RoPE"), of("qc", "NoPE")),
+        above(
+            "needle mass: NoPE layers > RoPE layers",
+            of("needle", "NoPE"),
+            of("needle", "RoPE"),
+            lab.learned(["RN"]),
+        ),
+        above(
+            "mass on question and answer: RoPE layers > NoPE layers",
+            of("qc", "RoPE"),
+            of("qc", "NoPE"),
+        ),
     ]
 
 
 def _theta(lab: Lab) -> list[Part]:
-    untouched, raised, long = lab.extended("RN"), lab.extended("RN", lab.scale.extend_rope), TIMES[-1] * lab.scale.trained
-    parts = [below("RoPE layers' mass on question and answer", ("raised", lab.mass(raised, "qc", "RoPE")), ("untouched", lab.mass(untouched, "qc", "RoPE")))]
+    untouched, raised, long = (
+        lab.extended("RN"),
+        lab.extended("RN", lab.scale.extend_rope),
+        TIMES[-1] * lab.scale.trained,
+    )
+    parts = [
+        below(
+            "RoPE layers' mass on question and answer",
+            ("raised", lab.mass(raised, "qc", "RoPE")),
+            ("untouched", lab.mass(untouched, "qc", "RoPE")),
+        )
+    ]
     for task in TASKS:
-        parts.append(below(f"{task} at {long:,}", ("raised", lab.needles(raised, long, task)), ("untouched", lab.needles(untouched, long, task)), lab.learned(["RN"], task)))
+        parts.append(
+            below(
+                f"{task} at {long:,}",
+                ("raised", lab.needles(raised, long, task)),
+                ("untouched", lab.needles(untouched, long, task)),
+                lab.learned(["RN"], task),
+            )
+        )
     return parts
 
 
 def _central(lab: Lab) -> list[Part]:
     long, parts = TIMES[-1] * lab.scale.trained, []
     for task in TASKS:
-        swa, rn, r = ((name, lab.needles(lab.extended(name), long, task)) for name in ("rrrN", "RN", "R"))
-        parts.append(above(f"{task}: rrrN no worse than RN", swa, rn, lab.learned(("rrrN", "RN"), task), MARGIN))
+        swa, rn, r = (
+            (name, lab.needles(lab.extended(name), long, task)) for name in ("rrrN", "RN", "R")
+        )
+        parts.append(
+            above(
+                f"{task}: rrrN no worse than RN", swa, rn, lab.learned(("rrrN", "RN"), task), MARGIN
+            )
+        )
         parts.append(above(f"{task}: RN > R", rn, r, lab.learned(("RN", "R"), task)))
         parts.append(above(f"{task}: rrrN > R", swa, r, lab.learned(("rrrN", "R"), task)))
     return parts
@@ -248,24 +366,52 @@ def _ratio(lab: Lab) -> list[Part]:
     long, parts = TIMES[-1] * lab.scale.trained, []
     name = lambda pattern: f"{pattern} x8"
     loss = lambda pattern: (DEEP[pattern], lab.loss(name(pattern)))
-    needles = lambda pattern: (DEEP[pattern], lab.needles(lab.base(name(pattern)), long, "multi-key"))
+    needles = lambda pattern: (
+        DEEP[pattern],
+        lab.needles(lab.base(name(pattern)), long, "multi-key"),
+    )
     for other in ("rN", "rrrrrrrN"):
         learned = lab.learned((name("rrrN"), name(other)), "multi-key")
-        parts.append(below(f"loss: 3:1 no worse than {DEEP[other]}", loss("rrrN"), loss(other), margin=MARGIN))
-        parts.append(above(f"multi-key at {long:,}: 3:1 no worse than {DEEP[other]}", needles("rrrN"), needles(other), learned, MARGIN))
+        parts.append(
+            below(
+                f"loss: 3:1 no worse than {DEEP[other]}", loss("rrrN"), loss(other), margin=MARGIN
+            )
+        )
+        parts.append(
+            above(
+                f"multi-key at {long:,}: 3:1 no worse than {DEEP[other]}",
+                needles("rrrN"),
+                needles(other),
+                learned,
+                MARGIN,
+            )
+        )
     return parts
 
 
 def _short_context(lab: Lab) -> list[Part]:
-    return [below("rrrN no worse than R", ("rrrN", lab.loss("rrrN")), ("R", lab.loss("R")), margin=MARGIN)]
+    return [
+        below(
+            "rrrN no worse than R", ("rrrN", lab.loss("rrrN")), ("R", lab.loss("R")), margin=MARGIN
+        )
+    ]
 
 
 def _kept(lab: Lab) -> list[Part]:
     long, parts = TIMES[-1] * lab.scale.trained, []
     for task in TASKS:
         at = lambda name, length: lab.needles(lab.base(name), length, task)
-        share = lambda name: [y / max(x, 1e-9) for x, y in zip(at(name, lab.scale.trained), at(name, long))]
-        parts.append(above(f"{task} at {long:,} over {lab.scale.trained:,}, not extended: rrrN > R", ("rrrN", share("rrrN")), ("R", share("R")), lab.learned(("rrrN", "R"), task)))
+        share = lambda name: [
+            y / max(x, 1e-9) for x, y in zip(at(name, lab.scale.trained), at(name, long))
+        ]
+        parts.append(
+            above(
+                f"{task} at {long:,} over {lab.scale.trained:,}, not extended: rrrN > R",
+                ("rrrN", share("rrrN")),
+                ("R", share("R")),
+                lab.learned(("rrrN", "R"), task),
+            )
+        )
     return parts
 
 
@@ -274,8 +420,16 @@ def _cost(lab: Lab) -> list[Part]:
     cache, step, flops = ([each[key] for each in made] for key in ("cache", "step", "flops"))
     promised = [each["cache_promised"] for each in made]
     return [
-        Part("cache of rrrN over R's, within .01 of the promise", {"measured": cache, "promised": promised}, [0.01 - abs(x - y) for x, y in zip(cache, promised)]),
-        Part("training step of rrrN over R's, at most 1.25 times the FLOPs' ratio", {"measured": step, "FLOPs": flops}, [1.25 * y - x for x, y in zip(step, flops)]),
+        Part(
+            "cache of rrrN over R's, within .01 of the promise",
+            {"measured": cache, "promised": promised},
+            [0.01 - abs(x - y) for x, y in zip(cache, promised)],
+        ),
+        Part(
+            "training step of rrrN over R's, at most 1.25 times the FLOPs' ratio",
+            {"measured": step, "FLOPs": flops},
+            [1.25 * y - x for x, y in zip(step, flops)],
+        ),
     ]
 
 
@@ -286,21 +440,48 @@ def costs(repeat: int) -> dict:
 
     def make() -> dict:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            full, swa = (pool.apply(cost.measure, (pattern, length, sizes, device)) for pattern in ("R", "rrrN"))
+            full, swa = (
+                pool.apply(cost.measure, (pattern, length, sizes, device))
+                for pattern in ("R", "rrrN")
+            )
         with torch.device("meta"):
-            flops_full, flops_swa = (Transformer(ModelConfig(pattern=pattern, **sizes)).flops_per_token(length) for pattern in ("R", "rrrN"))
-        return {"length": length, "cache": swa.cache_bytes / full.cache_bytes, "cache_promised": swa.cache_promised, "step": swa.train_ms / full.train_ms, "flops": flops_swa / flops_full}
+            flops_full, flops_swa = (
+                Transformer(ModelConfig(pattern=pattern, **sizes)).flops_per_token(length)
+                for pattern in ("R", "rrrN")
+            )
+        return {
+            "length": length,
+            "cache": swa.cache_bytes / full.cache_bytes,
+            "cache_promised": swa.cache_promised,
+            "step": swa.train_ms / full.train_ms,
+            "flops": flops_swa / flops_full,
+        }
 
     return kept(["cost", device, length, repeat], make)
 
 
 def _late_window(lab: Lab) -> list[Part]:
-    trained, window = lab.scale.trained, read_toml(HERE / "recipes" / f"{lab.scale.base}.toml")["model"]["window"]
-    whole, cut = lab.needles(lab.base("R"), trained, "single"), lab.needles(lab.base("R"), trained, "single", pattern="r", window=window)
+    trained, window = (
+        lab.scale.trained,
+        read_toml(HERE / "recipes" / f"{lab.scale.base}.toml")["model"]["window"],
+    )
+    whole, cut = (
+        lab.needles(lab.base("R"), trained, "single"),
+        lab.needles(lab.base("R"), trained, "single", pattern="r", window=window),
+    )
     swa = lab.needles(lab.base("rrrN"), trained, "single")
     return [
-        below(f"R with a window of {window} at evaluation finds under half of what it found", ("windowed", cut), ("half of whole", [x / 2 for x in whole]), lab.learned(["R"])),
-        above(f"rrrN, trained with that window, finds {LEARNED}", ("rrrN", swa), ("bar", [LEARNED] * len(swa))),
+        below(
+            f"R with a window of {window} at evaluation finds under half of what it found",
+            ("windowed", cut),
+            ("half of whole", [x / 2 for x in whole]),
+            lab.learned(["R"]),
+        ),
+        above(
+            f"rrrN, trained with that window, finds {LEARNED}",
+            ("rrrN", swa),
+            ("bar", [LEARNED] * len(swa)),
+        ),
     ]
 
 
@@ -374,7 +555,7 @@ CLAIMS = {
     ),
     12: Claim(
         "Cache and step time fall as arithmetic says (section 5)",
-        "cache 1/4 + 3/4 min(1, W/L) of full attention; \"up to 70%\" faster inference, no table",
+        'cache 1/4 + 3/4 min(1, W/L) of full attention; "up to 70%" faster inference, no table',
         _cost,
         "Kernels of small windows spend part of their time on the blocks' borders.",
     ),
@@ -402,7 +583,11 @@ def summary(verdicts: list[str]) -> str:
     if len(set(verdicts)) == 1:
         return verdicts[0]
     count = lambda word: sum(v.startswith(word) for v in verdicts)
-    return ", ".join(f"{count(word)} of {len(verdicts)} {word}" for word in ("reproduced", "reversed", "not decided") if count(word))
+    return ", ".join(
+        f"{count(word)} of {len(verdicts)} {word}"
+        for word in ("reproduced", "reversed", "not decided")
+        if count(word)
+    )
 
 
 def report(lab: Lab, name: str, results: dict[int, list[Part]], picture: str) -> str:
@@ -411,7 +596,9 @@ def report(lab: Lab, name: str, results: dict[int, list[Part]], picture: str) ->
     lines = [
         f"# The paper's claims at {name} scale",
         "",
-        f"Written by `python -m lab.reproduce --scale {name} --seeds {seeds}" + ("" if len(results) == len(CLAIMS) else f" --only {' '.join(map(str, results))}") + "`, from the records in `results/runs`. "
+        f"Written by `python -m lab.reproduce --scale {name} --seeds {seeds}"
+        + ("" if len(results) == len(CLAIMS) else f" --only {' '.join(map(str, results))}")
+        + "`, from the records in `results/runs`. "
         f"{seeds} seed{'s' if seeds > 1 else ''}; trained at {s.trained:,} tokens, extended to {s.extended:,}, needles (exact match) to {TIMES[-1] * s.trained:,}; "
         f"attention masses after extension at {4 * s.trained:,}. Corpus {lab.corpus.hash}.",
         "",
@@ -423,13 +610,25 @@ def report(lab: Lab, name: str, results: dict[int, list[Part]], picture: str) ->
         "| --- | --- | --- | --- |",
     ]
     for number, parts in results.items():
-        lines.append(f"| {number} | {CLAIMS[number].title} | {CLAIMS[number].paper} | **{summary([verdict(part) for part in parts])}** |")
+        lines.append(
+            f"| {number} | {CLAIMS[number].title} | {CLAIMS[number].paper} | **{summary([verdict(part) for part in parts])}** |"
+        )
     for number, parts in results.items():
         claim = CLAIMS[number]
-        lines += ["", f"## {number}. {claim.title}", "", f"Paper: {claim.paper}.", "", "| comparison | measured | difference | verdict |", "| --- | --- | --- | --- |"]
+        lines += [
+            "",
+            f"## {number}. {claim.title}",
+            "",
+            f"Paper: {claim.paper}.",
+            "",
+            "| comparison | measured | difference | verdict |",
+            "| --- | --- | --- | --- |",
+        ]
         for part in parts:
             measured = ", ".join(f"{key} {shown(values)}" for key, values in part.shown.items())
-            lines.append(f"| {part.says} | {measured} | {shown(part.differences)} | {verdict(part)} |")
+            lines.append(
+                f"| {part.says} | {measured} | {shown(part.differences)} | {verdict(part)} |"
+            )
         if any(verdict(part) not in ("reproduced", "not decided: one seed") for part in parts):
             lines += ["", claim.otherwise]
     lines += ["", "## The variants", "", variants(lab)]
@@ -443,15 +642,24 @@ def variants(lab: Lab) -> str:
         "Differences are given so that a positive one agrees with the paper. NoPE layers begin with queries half like their keys (`mimetic`, model.py), RoPE layers do not. "
         "Losses compare runs of the same steps; needles those that were trained longer where that was needed. Cells: single / multi-key.",
         "",
-        "| variant | rate | stretch | own table at the trained length | nats per token | " + " | ".join(f"{n:,}" for n in lengths) + " |",
+        "| variant | rate | stretch | own table at the trained length | nats per token | "
+        + " | ".join(f"{n:,}" for n in lengths)
+        + " |",
         "| --- | --- | --- | --- | --- |" + " --- |" * len(lengths),
     ]
-    cells = lambda plans: " | ".join(" / ".join(shown(lab.needles(plans, n, task)) for task in TASKS) for n in lengths)
+    cells = lambda plans: " | ".join(
+        " / ".join(shown(lab.needles(plans, n, task)) for task in TASKS) for n in lengths
+    )
     for name, (chosen, _) in lab.chosen.items():
         plans = lab.base(name)
-        tables = " ".join(f"{at_trained_length(lab.record(plan, what='run'), lab.scale.trained):.2f}" for plan in plans)
+        tables = " ".join(
+            f"{at_trained_length(lab.record(plan, what='run'), lab.scale.trained):.2f}"
+            for plan in plans
+        )
         stretch = " ".join(dict(plan.flags).get("stretch", "1") for plan in plans)
-        lines.append(f"| {name} | {rate_of(chosen)} | {stretch} | {tables} | {shown(lab.loss(name))} | {cells(plans)} |")
+        lines.append(
+            f"| {name} | {rate_of(chosen)} | {stretch} | {tables} | {shown(lab.loss(name))} | {cells(plans)} |"
+        )
         if name in lab.second:
             lines.append(f"| {name}, extended | | | | | {cells(lab.extended(name))} |")
     return "\n".join(lines)
@@ -465,7 +673,14 @@ def plot(lab: Lab, out: Path) -> None:
     shown = [name for name in VARIANTS if name in lab.chosen]
     stages = [("trained", lab.base, lab.scale.trained, shown)]
     if lab.second:
-        stages.append(("extended", lab.extended, lab.scale.extended, [name for name in shown if name in lab.second]))
+        stages.append(
+            (
+                "extended",
+                lab.extended,
+                lab.scale.extended,
+                [name for name in shown if name in lab.second],
+            )
+        )
     figure = Figure(figsize=(11, 0.4 + 3 * len(stages)), layout="constrained")
     axes = figure.subplots(len(stages), len(TASKS), sharex=True, sharey=True, squeeze=False)
     colors = {name: f"C{i}" for i, name in enumerate(VARIANTS)}
@@ -476,14 +691,30 @@ def plot(lab: Lab, out: Path) -> None:
                 means, errors = zip(*(mean_and_error(lab.needles(plans, n, task)) for n in lengths))
                 errors = [0 if error != error else error for error in errors]  # one seed has none
                 style = "-" if all(lab.learned([name], task)[name]) else ":"
-                axis.errorbar(lengths, means, errors, marker="o", markersize=4, capsize=2, label=name, linestyle=style, color=colors[name])
+                axis.errorbar(
+                    lengths,
+                    means,
+                    errors,
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    label=name,
+                    linestyle=style,
+                    color=colors[name],
+                )
             axis.axvline(length, color="gray", linewidth=0.8)
-            axis.set(title=f"{task}, {stage} at {length:,} tokens", xscale="log", ylim=(-0.03, 1.03))
+            axis.set(
+                title=f"{task}, {stage} at {length:,} tokens", xscale="log", ylim=(-0.03, 1.03)
+            )
             axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         row[0].set_ylabel("needles found (exact match)")
-    axes[0, -1].legend(title="dotted: that task not\nlearned in every seed", loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0, -1].legend(
+        title="dotted: that task not\nlearned in every seed",
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+    )
     for axis in axes[-1]:
         axis.set_xlabel("context, tokens")
     figure.savefig(out, dpi=120)
@@ -491,11 +722,30 @@ def plot(lab: Lab, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = CommandLine(prog="python -m lab.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", default="laptop", help=f"of {', '.join(SCALES)} (default: laptop)")
+    parser = CommandLine(
+        prog="python -m lab.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--scale", default="laptop", help=f"of {', '.join(SCALES)} (default: laptop)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 1 on (default: 3)")
-    parser.add_argument("--only", nargs="+", type=int, default=list(CLAIMS), metavar="CLAIM", help="numbers of claims: " + "; ".join(f"{n} {claim.title}" for n, claim in CLAIMS.items()))
-    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help=f"learning rates to choose from (default: {' '.join(map(str, RATES))})")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        type=int,
+        default=list(CLAIMS),
+        metavar="CLAIM",
+        help="numbers of claims: " + "; ".join(f"{n} {claim.title}" for n, claim in CLAIMS.items()),
+    )
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=list(RATES),
+        help=f"learning rates to choose from (default: {' '.join(map(str, RATES))})",
+    )
     try:
         args = parser.parse(argv)
         if args.scale not in SCALES:
@@ -520,11 +770,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for number in only:
             results[number] = CLAIMS[number].parts(lab)
-            print(f"{number}. {CLAIMS[number].title}: {summary([verdict(part) for part in results[number]])}", flush=True)
+            print(
+                f"{number}. {CLAIMS[number].title}: {summary([verdict(part) for part in results[number]])}",
+                flush=True,
+            )
         plot(lab, folder / f"retrieval{suffix}.png")
         text = report(lab, args.scale, results, f"retrieval{suffix}.png")
     except subprocess.CalledProcessError as error:
-        fail(f"a training failed (status {error.returncode}): the newest log under {WORK} says why; what is done is kept")
+        fail(
+            f"a training failed (status {error.returncode}): the newest log under {WORK} says why; what is done is kept"
+        )
     (folder / f"report{suffix}.md").write_text(text)
     print(f"written to {folder / f'report{suffix}.md'}")
 

@@ -27,9 +27,15 @@ from lab.curves import read_log
 from model import Transformer
 
 HERE = Path(__file__).resolve().parent.parent
-RECORDS, WORK = HERE / "results" / "runs", HERE / "out" / ".lab"  # out/* names what train.py made for its user
+RECORDS, WORK = (
+    HERE / "results" / "runs",
+    HERE / "out" / ".lab",
+)  # out/* names what train.py made for its user
 VERSION = 1
-TASKS, TIMES = ("single", "multi-key"), (1, 2, 4, 8, 16)  # measured at so many times the trained length
+TASKS, TIMES = (
+    ("single", "multi-key"),
+    (1, 2, 4, 8, 16),
+)  # measured at so many times the trained length
 EXAMPLES = 24  # of each task at each length, at any depth: a standard error of .1 at the most
 MASS_TIMES, MASS_EXAMPLES = (1, 4, 16), 16  # of attention mass
 RATES, STRETCHES, LEARNED = (0.003, 0.006, 0.01), (1, 3), 0.8  # see `best`
@@ -46,12 +52,23 @@ class Plan:
     def __str__(self) -> str:
         """The command that makes it, without its folders."""
         start = "" if self.init is None else f" from ({self.init})"
-        return f"train.py recipes/{self.recipe}.toml" + "".join(f" --{name} {value}".rstrip() for name, value in self.flags) + start
+        return (
+            f"train.py recipes/{self.recipe}.toml"
+            + "".join(f" --{name} {value}".rstrip() for name, value in self.flags)
+            + start
+        )
 
     def key(self, corpus: Corpus) -> str:
         """Twelve hex digits."""
         start = self.init and self.init.key(corpus)
-        return _hash([recipes.read_toml(HERE / "recipes" / f"{self.recipe}.toml"), sorted(self.flags), start, corpus.hash])
+        return _hash(
+            [
+                recipes.read_toml(HERE / "recipes" / f"{self.recipe}.toml"),
+                sorted(self.flags),
+                start,
+                corpus.hash,
+            ]
+        )
 
 
 def _hash(content) -> str:
@@ -97,17 +114,35 @@ def _trained(plan: Plan, corpus: Corpus, start: Path | None) -> Path:
         words = ["--resume", str(folder)]
     else:
         shutil.rmtree(folder, ignore_errors=True)  # cut off before its first checkpoint
-        words = [str(HERE / "recipes" / f"{plan.recipe}.toml"), "--out", str(folder), "--data", str(corpus.folder.resolve())]
+        words = [
+            str(HERE / "recipes" / f"{plan.recipe}.toml"),
+            "--out",
+            str(folder),
+            "--data",
+            str(corpus.folder.resolve()),
+        ]
         words += [word for name, value in plan.flags for word in (f"--{name}", value) if word]
         words += ["--bf16"] if multiplies_bfloat16() else []
         words += ["--init", str(start)] if start else []
     print(f"training {folder.name}: {plan}", file=sys.stderr, flush=True)
     with open(WORK / f"{folder.name}.log", "a") as log:
-        subprocess.run([sys.executable, str(HERE / "train.py"), *words], cwd=HERE, check=True, stdout=log, stderr=log)
+        subprocess.run(
+            [sys.executable, str(HERE / "train.py"), *words],
+            cwd=HERE,
+            check=True,
+            stdout=log,
+            stderr=log,
+        )
     return folder
 
 
-def record(plan: Plan, corpus: Corpus, treatment: dict | None = None, what: str = "needles", trained_at: int = 512) -> dict:
+def record(
+    plan: Plan,
+    corpus: Corpus,
+    treatment: dict | None = None,
+    what: str = "needles",
+    trained_at: int = 512,
+) -> dict:
     """What the run measured, evaluated under `treatment` (fields of ModelConfig): read from its record, or made now.
 
     Keys: plan, treatment, recipe, corpus, seconds of training; val_loss and val_bits_per_byte at the trained length and table (the
@@ -120,8 +155,18 @@ def record(plan: Plan, corpus: Corpus, treatment: dict | None = None, what: str 
     at TIMES or MASS_TIMES `trained_at` tokens, for extended runs too.
     """
     treatment = treatment or {}
-    asked = {"run": ["run"], "needles": [EXAMPLES, TASKS, TIMES], "attention": ["attention", MASS_EXAMPLES, MASS_TIMES]}
-    identity = lambda what: [VERSION, plan.key(corpus), treatment, *asked[what], *([trained_at] if trained_at != 512 else [])]
+    asked = {
+        "run": ["run"],
+        "needles": [EXAMPLES, TASKS, TIMES],
+        "attention": ["attention", MASS_EXAMPLES, MASS_TIMES],
+    }
+    identity = lambda what: [
+        VERSION,
+        plan.key(corpus),
+        treatment,
+        *asked[what],
+        *([trained_at] if trained_at != 512 else []),
+    ]
     if what == "run" and path_of(identity("needles")).exists():
         what = "needles"
     return kept(identity(what), lambda: _measured(plan, corpus, treatment, what, trained_at))
@@ -150,32 +195,67 @@ def _measured(plan: Plan, corpus: Corpus, treatment: dict, what: str, trained_at
     folder = trained(plan, corpus)
     run, entries = json.loads((folder / "run.json").read_text()), read_log(folder)
     final = next(entry for entry in reversed(entries) if entry.get("final"))
-    model = Transformer.from_pretrained(folder / "last", "cuda" if torch.cuda.is_available() else "cpu")
+    model = Transformer.from_pretrained(
+        folder / "last", "cuda" if torch.cuda.is_available() else "cpu"
+    )
     model.config = replace(model.config, **treatment)
     return {
         "plan": str(plan),
         "treatment": treatment,
-        "recipe": {key: value for key, value in run["recipe"].items() if key != "data"},  # a path; the hash says which corpus
+        "recipe": {
+            key: value for key, value in run["recipe"].items() if key != "data"
+        },  # a path; the hash says which corpus
         "corpus": run["corpus"],
         **{key: run[key] for key in ("python", "torch", "device", "threads")},
         "seconds": round(sum(entry.get("seconds", 0) for entry in entries), 1),
-        **({} if treatment else {key: final[key] for key in ("val_loss", "val_bits_per_byte", "table")}),
-        **{"run": lambda *_: {}, "needles": _needles, "attention": _attention}[what](model, Needles(corpus.tokenizer, corpus.val, evaluation=True), trained_at),
+        **(
+            {}
+            if treatment
+            else {key: final[key] for key in ("val_loss", "val_bits_per_byte", "table")}
+        ),
+        **{"run": lambda *_: {}, "needles": _needles, "attention": _attention}[what](
+            model, Needles(corpus.tokenizer, corpus.val, evaluation=True), trained_at
+        ),
     }
 
 
 def _needles(model: Transformer, hidden: Needles, trained_at: int) -> dict:
     """What a needle record adds."""
-    cells = [needles.measure(model, hidden, "", task, trained_at * times, None, EXAMPLES, seed=1) for task in TASKS for times in TIMES]
-    return {"needles": [{key: getattr(cell, key) for key in ("task", "length", "exact", "exact_error", "likelihood", "likelihood_error")} for cell in cells]}
+    cells = [
+        needles.measure(model, hidden, "", task, trained_at * times, None, EXAMPLES, seed=1)
+        for task in TASKS
+        for times in TIMES
+    ]
+    return {
+        "needles": [
+            {
+                key: getattr(cell, key)
+                for key in (
+                    "task",
+                    "length",
+                    "exact",
+                    "exact_error",
+                    "likelihood",
+                    "likelihood_error",
+                )
+            }
+            for cell in cells
+        ]
+    }
 
 
 def _attention(model: Transformer, hidden: Needles, trained_at: int) -> dict:
     """What an attention record adds, numbers to five digits."""
-    short = lambda row: {key: round(value, 5) if isinstance(value, float) else value for key, value in asdict(row).items() if key != "checkpoint"}
+    short = lambda row: {
+        key: round(value, 5) if isinstance(value, float) else value
+        for key, value in asdict(row).items()
+        if key != "checkpoint"
+    }
     masses, heads = [], []
     for times in MASS_TIMES:
-        rows, heads, _ = attention_mass.measure(model, hidden, "", trained_at * times, MASS_EXAMPLES)
+        rows, heads, _ = attention_mass.measure(
+            model, hidden, "", trained_at * times, MASS_EXAMPLES
+        )
         masses += map(short, rows)
     return {"masses": masses, "heads": [short(head) for head in heads]}
 
@@ -189,7 +269,9 @@ def default_corpus() -> Corpus:
 
 def found(made: dict, task: str, length: int) -> dict:
     """The record's cell of a task at a length, in tokens."""
-    return next(cell for cell in made["needles"] if (cell["task"], cell["length"]) == (task, length))
+    return next(
+        cell for cell in made["needles"] if (cell["task"], cell["length"]) == (task, length)
+    )
 
 
 def has_learned(made: dict, trained_at: int) -> bool:
@@ -203,16 +285,27 @@ def at_trained_length(made: dict, trained_at: int) -> float:
     return next(score["exact"] for score in made["table"] if score["length"] == trained_at)
 
 
-def best(recipe: str, flags: tuple, corpus: Corpus, rates: Sequence[float] = RATES, trained_at: int = 512) -> tuple[Plan, dict]:
+def best(
+    recipe: str, flags: tuple, corpus: Corpus, rates: Sequence[float] = RATES, trained_at: int = 512
+) -> tuple[Plan, dict]:
     """The run of a variant that all its tables speak of, and its record: the recipe at each of the rates, the best by exact match at the
     trained length, then by loss; where that has not learned the task, the same rate for three times the steps."""
     own = recipes.read_toml(HERE / "recipes" / f"{recipe}.toml")["lr"]
     made: list[tuple[Plan, dict]] = []
     for stretch in STRETCHES:
         for rate in rates if stretch == 1 else [rate]:
-            plan = Plan(recipe, (*flags, *at_rate(rate, own), *((("stretch", str(stretch)),) if stretch > 1 else ())))
+            plan = Plan(
+                recipe,
+                (
+                    *flags,
+                    *at_rate(rate, own),
+                    *((("stretch", str(stretch)),) if stretch > 1 else ()),
+                ),
+            )
             made.append((plan, record(plan, corpus, what="run", trained_at=trained_at)))
-        plan, chosen = max(made, key=lambda entry: (at_trained_length(entry[1], trained_at), -entry[1]["val_loss"]))
+        plan, chosen = max(
+            made, key=lambda entry: (at_trained_length(entry[1], trained_at), -entry[1]["val_loss"])
+        )
         if has_learned(chosen, trained_at):
             break
         rate = float(dict(plan.flags).get("lr", own))
@@ -226,6 +319,9 @@ def at_rate(rate: float, own: float) -> tuple:
 
 def extension(recipe: str, plan: Plan) -> Plan:
     """A short training by `recipe` that starts from the run of `plan`, without a table of its own: the record asks needles anyway."""
-    layers = dict(plan.flags).get("n-layer", str(recipes.read_toml(HERE / "recipes" / f"{plan.recipe}.toml")["model"]["n_layer"]))
+    layers = dict(plan.flags).get(
+        "n-layer",
+        str(recipes.read_toml(HERE / "recipes" / f"{plan.recipe}.toml")["model"]["n_layer"]),
+    )
     seed = tuple(flag for flag in plan.flags if flag[0] == "seed")
     return Plan(recipe, (("n-layer", layers), ("eval-questions", "0"), *seed), plan)

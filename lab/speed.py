@@ -37,25 +37,50 @@ from torch import Tensor, nn
 
 import train
 from attention import attend, visible_pairs
+from commandline import CommandLine, fail
 from data.batches import held_out_examples
-from data.commandline import CommandLine, fail
 from data.needles import Needles
+from engine import stream
+from evaluate import needle_score, needle_table, validation_loss
 from lab.cost import peak_bytes
-from lab.evaluate import needle_score, needle_table, validation_loss
 from lab.gpt2 import GPT2
 from lab.runs import multiplies_bfloat16
 from model import ModelConfig, Transformer
 
-SHAPE = {"n_layer": 8, "n_head": 8, "n_kv_head": 2, "d_model": 256, "d_ff": 704, "vocab_size": 512, "window": 256}
+SHAPE = {
+    "n_layer": 8,
+    "n_head": 8,
+    "n_kv_head": 2,
+    "d_model": 256,
+    "d_ff": 704,
+    "vocab_size": 512,
+    "window": 256,
+}
 PEERS = {  # GPT-2's shape; ours with its depth, width, vocabulary and number of parameters; sequences of 1,024 tokens at a time on (CPU, CUDA)
     "124M": (
         {"n_layer": 12, "n_head": 12, "d_model": 768, "vocab_size": 50304},
-        {"n_layer": 12, "n_head": 12, "n_kv_head": 4, "d_model": 768, "d_ff": 2432, "vocab_size": 50304, "window": 128},
+        {
+            "n_layer": 12,
+            "n_head": 12,
+            "n_kv_head": 4,
+            "d_model": 768,
+            "d_ff": 2432,
+            "vocab_size": 50304,
+            "window": 128,
+        },
         (1, 32),
     ),
     "350M": (
         {"n_layer": 24, "n_head": 16, "d_model": 1024, "vocab_size": 50304},
-        {"n_layer": 24, "n_head": 16, "n_kv_head": 4, "d_model": 1024, "d_ff": 3200, "vocab_size": 50304, "window": 128},
+        {
+            "n_layer": 24,
+            "n_head": 16,
+            "n_kv_head": 4,
+            "d_model": 1024,
+            "d_ff": 3200,
+            "vocab_size": 50304,
+            "window": 128,
+        },
         (1, 16),
     ),
 }
@@ -99,19 +124,31 @@ class Job:
     length: int
     compiled: bool = False
     recompute: bool = False
-    whole: bool = False  # ours, with the cross-entropy of whole logits in place of the loss by chunks
+    whole: bool = (
+        False  # ours, with the cross-entropy of whole logits in place of the loss by chunks
+    )
 
     def build(self, device: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
         """The model, and its loss of (tokens, targets)."""
         torch.manual_seed(0)
-        model = GPT2(**self.shape, length=self.length) if self.kind == "gpt2" else Transformer(ModelConfig(**self.shape))
+        model = (
+            GPT2(**self.shape, length=self.length)
+            if self.kind == "gpt2"
+            else Transformer(ModelConfig(**self.shape))
+        )
         if self.kind == "cohere2":
             model = as_cohere2(model)
         else:
             model.recompute = self.recompute
         model.to(device).train()
-        logits = (lambda tokens: model(tokens, use_cache=False).logits) if self.kind == "cohere2" else model
-        loss_of = lambda tokens, targets: F.cross_entropy(logits(tokens).flatten(0, 1).float(), targets.flatten())
+        logits = (
+            (lambda tokens: model(tokens, use_cache=False).logits)
+            if self.kind == "cohere2"
+            else model
+        )
+        loss_of = lambda tokens, targets: F.cross_entropy(
+            logits(tokens).flatten(0, 1).float(), targets.flatten()
+        )
         if self.kind == "ours" and not self.whole:
             loss_of = model.loss
         return model, torch.compile(loss_of) if self.compiled else loss_of
@@ -119,8 +156,15 @@ class Job:
     def flops(self) -> tuple[float, float]:
         """Training FLOPs a token: of visible pairs only, and 6 N + 12 L d T."""
         with torch.device("meta"):
-            model = GPT2(**self.shape, length=self.length) if self.kind == "gpt2" else Transformer(ModelConfig(**self.shape))
-        everything = 6 * model.matmul_parameters() + 12 * self.shape["n_layer"] * self.shape["d_model"] * self.length
+            model = (
+                GPT2(**self.shape, length=self.length)
+                if self.kind == "gpt2"
+                else Transformer(ModelConfig(**self.shape))
+            )
+        everything = (
+            6 * model.matmul_parameters()
+            + 12 * self.shape["n_layer"] * self.shape["d_model"] * self.length
+        )
         return model.flops_per_token(self.length), everything
 
 
@@ -137,7 +181,11 @@ def as_cohere2(model: Transformer) -> nn.Module:
 def training_step(job: Job, setup: Setup) -> Callable[[], float]:
     """What runs forward and backward once, to its end, and returns the loss."""
     model, loss_of = job.build(setup.device)
-    text = torch.randint(job.shape["vocab_size"] - 1, (job.batch, job.length + 1), generator=torch.Generator().manual_seed(1))
+    text = torch.randint(
+        job.shape["vocab_size"] - 1,
+        (job.batch, job.length + 1),
+        generator=torch.Generator().manual_seed(1),
+    )
     tokens, targets = text[:, :-1].to(setup.device), text[:, 1:].to(setup.device)
 
     def step() -> float:
@@ -156,10 +204,14 @@ def agree(said: dict[str, Tensor], tolerance: float) -> None:
     for name, got in others:
         error = ((got - expected).abs().max() / expected.abs().max()).item()
         if not error <= tolerance:
-            raise ArithmeticError(f"{name} and {first} do not say the same: off by {error:.1e} of the largest number, and {tolerance:.0e} is allowed; their times mean nothing")
+            raise ArithmeticError(
+                f"{name} and {first} do not say the same: off by {error:.1e} of the largest number, and {tolerance:.0e} is allowed; their times mean nothing"
+            )
 
 
-def alternate(works: dict[str, Callable], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+def alternate(
+    works: dict[str, Callable], repeats: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Median seconds of each by `clock`, taken by turns."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
@@ -188,7 +240,9 @@ def step_memory(job: Job, setup: Setup) -> int:
 
 def alone(setup: Setup, work: Callable, *args):
     """work(*args) in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (setup.threads,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(
+        1, torch.set_num_threads, (setup.threads,)
+    ) as pool:
         return pool.apply(work, args)
 
 
@@ -203,15 +257,31 @@ def training(jobs: list[Job], setup: Setup, repeats: int | None = None) -> str:
     steps = {job.name: training_step(job, setup) for job in jobs}
     losses = {name: torch.tensor(step(), dtype=torch.float64) for name, step in steps.items()}
     for job in jobs:
-        agree({other.name: losses[other.name] for other in jobs if other.shape == job.shape}, 1e-2 if setup.cuda else 1e-5)
+        agree(
+            {other.name: losses[other.name] for other in jobs if other.shape == job.shape},
+            1e-2 if setup.cuda else 1e-5,
+        )
     seconds = alternate(steps | {"matmul": multiply}, repeats, setup.clock)
     rate, peak = multiply_flops / seconds["matmul"], datasheet_peak(setup)
     del steps
-    head = ["", "ms a step", "speed", "FLOPs", "tokens/s", "of the matmul rate", "by 6N + 12LdT", "peak MiB"] + ["MFU", "MFU by 6N + 12LdT"] * bool(peak)
+    head = [
+        "",
+        "ms a step",
+        "speed",
+        "FLOPs",
+        "tokens/s",
+        "of the matmul rate",
+        "by 6N + 12LdT",
+        "peak MiB",
+    ] + ["MFU", "MFU by 6N + 12LdT"] * bool(peak)
     rows = []
     for job in jobs:
         took, speed = seconds[job.name], job.batch * job.length / seconds[job.name]
-        memory = "" if job.compiled and not setup.cuda else f"{alone(setup, step_memory, job, setup) / 2**20:,.0f}"  # a compiler in the process would be counted too
+        memory = (
+            ""
+            if job.compiled and not setup.cuda
+            else f"{alone(setup, step_memory, job, setup) / 2**20:,.0f}"
+        )  # a compiler in the process would be counted too
         rows.append([
             job.name, f"{took * 1e3:,.1f}", f"{seconds[jobs[-1].name] / took:.2f}", f"{job.flops()[0] / jobs[-1].flops()[0]:.2f}", f"{speed:,.0f}",
             *(f"{flops * speed / rate:.0%}" for flops in job.flops()), memory, *(f"{flops * speed / peak:.1%}" for flops in job.flops() if peak),
@@ -241,7 +311,14 @@ def machine(setup: Setup) -> str:
 def peers(setup: Setup, shape: dict, batch: int, length: int) -> list[Job]:
     """Ours and Cohere2."""
     return [
-        Job("ours, compiled" if setup.compiled else "ours", "ours", shape, batch, length, setup.compiled),
+        Job(
+            "ours, compiled" if setup.compiled else "ours",
+            "ours",
+            shape,
+            batch,
+            length,
+            setup.compiled,
+        ),
         Job("Cohere2, SDPA, eager", "cohere2", shape, batch, length),
     ]
 
@@ -261,7 +338,13 @@ def forward_section(setup: Setup, shape: dict = SHAPE, batch: int = 4, length: i
     works = {}
     for job in peers(setup, shape, batch, length):
         model, _ = job.build(setup.device)
-        run = torch.compile(model) if job.compiled else model if job.kind == "ours" else partial(model, use_cache=False)
+        run = (
+            torch.compile(model)
+            if job.compiled
+            else model
+            if job.kind == "ours"
+            else partial(model, use_cache=False)
+        )
         works[job.name] = run
     tokens = torch.randint(shape["vocab_size"] - 1, (batch, length), device=setup.device)
 
@@ -272,31 +355,53 @@ def forward_section(setup: Setup, shape: dict = SHAPE, batch: int = 4, length: i
         return (out if isinstance(out, Tensor) else out.logits).float().cpu()
 
     agree({name: logits(run) for name, run in works.items()}, 5e-2 if setup.cuda else 1e-4)
-    seconds = alternate({name: partial(logits, run) for name, run in works.items()}, setup.repeats, setup.clock)
+    seconds = alternate(
+        {name: partial(logits, run) for name, run in works.items()}, setup.repeats, setup.clock
+    )
     *_, base = seconds.values()
-    rows = [[name, f"{took * 1e3:,.1f}", f"{base / took:.2f}", f"{batch * length / took:,.0f}"] for name, took in seconds.items()]
-    return f"Logits of {batch} x {length:,} tokens; medians of {setup.repeats} turns.\n\n" + table(["", "ms", "speed", "tokens/s"], rows)
+    rows = [
+        [name, f"{took * 1e3:,.1f}", f"{base / took:.2f}", f"{batch * length / took:,.0f}"]
+        for name, took in seconds.items()
+    ]
+    return f"Logits of {batch} x {length:,} tokens; medians of {setup.repeats} turns.\n\n" + table(
+        ["", "ms", "speed", "tokens/s"], rows
+    )
 
 
 def decode_section(setup: Setup, shape: dict = SHAPE, prompt: int = 64) -> str:
     """Greedy decoding of one sequence."""
-    (_, ours, _), (_, theirs, _) = ((job.name, *job.build(setup.device)) for job in peers(setup, shape, 1, prompt))
+    (_, ours, _), (_, theirs, _) = (
+        (job.name, *job.build(setup.device)) for job in peers(setup, shape, 1, prompt)
+    )
     ours.eval(), theirs.eval()
     if setup.compiled:
         ours.compile_decoding()
-    tokens, new = torch.randint(shape["vocab_size"] - 1, (1, prompt), device=setup.device), setup.new_tokens
+    tokens, new = (
+        torch.randint(shape["vocab_size"] - 1, (1, prompt), device=setup.device),
+        setup.new_tokens,
+    )
     works = {
         "ours, compiled" if setup.compiled else "ours": lambda: ours.generate(tokens, new).float(),
-        "Cohere2, SDPA, eager": lambda: theirs.generate(tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False).float(),
+        "Cohere2, SDPA, eager": lambda: theirs.generate(
+            tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False
+        ).float(),
     }
     agree({name: work() for name, work in works.items()}, 0)
     seconds = alternate(works, setup.repeats, setup.clock)
     *_, base = seconds.values()
-    rows = [[name, f"{took / new * 1e3:.2f}", f"{base / took:.2f}", f"{new / took:,.0f}"] for name, took in seconds.items()]
-    return f"{new} tokens after a prompt of {prompt}, float32; medians of {setup.repeats} turns.\n\n" + table(["", "ms a token", "speed", "tokens/s"], rows)
+    rows = [
+        [name, f"{took / new * 1e3:.2f}", f"{base / took:.2f}", f"{new / took:,.0f}"]
+        for name, took in seconds.items()
+    ]
+    return (
+        f"{new} tokens after a prompt of {prompt}, float32; medians of {setup.repeats} turns.\n\n"
+        + table(["", "ms a token", "speed", "tokens/s"], rows)
+    )
 
 
-def memory_section(setup: Setup, shape: dict = SHAPE | {"vocab_size": 16384}, batch: int = 4, length: int = 1024) -> str:
+def memory_section(
+    setup: Setup, shape: dict = SHAPE | {"vocab_size": 16384}, batch: int = 4, length: int = 1024
+) -> str:
     """What the loss by chunks and `recompute` save and cost."""
     job = lambda name, **more: Job(name, "ours", shape, batch, length, setup.compiled, **more)
     jobs = [
@@ -305,7 +410,9 @@ def memory_section(setup: Setup, shape: dict = SHAPE | {"vocab_size": 16384}, ba
         job("whole logits, recompute", whole=True, recompute=True),
         job("whole logits", whole=True),
     ]
-    return f"A vocabulary of {shape['vocab_size']:,}. " + training(jobs, setup, min(setup.repeats, 3))
+    return f"A vocabulary of {shape['vocab_size']:,}. " + training(
+        jobs, setup, min(setup.repeats, 3)
+    )
 
 
 def gpt2_section(setup: Setup, sizes: dict = PEERS, length: int = 1024) -> str:
@@ -322,15 +429,28 @@ def gpt2_section(setup: Setup, sizes: dict = PEERS, length: int = 1024) -> str:
     return "\n\n".join(parts)
 
 
-def contexts_section(setup: Setup, shape: dict | None = None, lengths: tuple = (), windows: tuple = ()) -> str:
+def contexts_section(
+    setup: Setup, shape: dict | None = None, lengths: tuple = (), windows: tuple = ()
+) -> str:
     """R against rrrN at growing context and as many tokens a step, all with `recompute`."""
     shape = shape or (PEERS["124M"][1] if setup.cuda else SHAPE)
     lengths = lengths or ((4096, 16384, 65536, 131072) if setup.cuda else (1024, 4096))
     windows = windows or ((1024, 4096) if setup.cuda else (64, 256))
     parts = []
     for length in lengths:
-        job = lambda name, **more: Job(name, "ours", shape | more, max(lengths) // length, length, setup.compiled, recompute=True)
-        jobs = [*(job(f"rrrN, window {window:,}", pattern="rrrN", window=window) for window in windows), job("R", pattern="R")]
+        job = lambda name, **more: Job(
+            name,
+            "ours",
+            shape | more,
+            max(lengths) // length,
+            length,
+            setup.compiled,
+            recompute=True,
+        )
+        jobs = [
+            *(job(f"rrrN, window {window:,}", pattern="rrrN", window=window) for window in windows),
+            job("R", pattern="R"),
+        ]
         parts.append(training(jobs, setup, min(setup.repeats, 3)))
     return "\n\n".join(parts)
 
@@ -346,18 +466,36 @@ def long_decode_section(setup: Setup, shape: dict | None = None, context: int | 
     del source, target
     tokens = torch.randint(shape["vocab_size"] - 1, (1, context), device=setup.device)
     for pattern in ("rrrN", "R"):
-        model = Transformer(ModelConfig(**shape | {"pattern": pattern})).to(setup.device, setup.dtype).eval()
+        model = (
+            Transformer(ModelConfig(**shape | {"pattern": pattern}))
+            .to(setup.device, setup.dtype)
+            .eval()
+        )
         if setup.compiled:
             model.compile_decoding()
         cache = model.new_cache(1, context + setup.new_tokens + 8)
-        stream = model.stream(tokens, setup.new_tokens + 8, cache=cache)
+        stream = stream(model, tokens, setup.new_tokens + 8, cache=cache)
         for _ in range(8):  # the prompt, and what is compiled or captured at the first steps
             next(stream).item()
-        took = alternate({"token": lambda: next(stream).item()}, setup.new_tokens, setup.clock)["token"]
+        took = alternate({"token": lambda: next(stream).item()}, setup.new_tokens, setup.clock)[
+            "token"
+        ]
         size = model.matmul_parameters() * setup.dtype.itemsize + cache.nbytes
-        rows.append([pattern, f"{took * 1e3:.2f}", f"{size / 2**20:,.0f}", f"{size / took / 1e9:,.0f}", f"{size / took / bandwidth:.0%}"])
+        rows.append(
+            [
+                pattern,
+                f"{took * 1e3:.2f}",
+                f"{size / 2**20:,.0f}",
+                f"{size / took / 1e9:,.0f}",
+                f"{size / took / bandwidth:.0%}",
+            ]
+        )
     head = ["", "ms a token", "MiB read (weights, cache)", "GB/s", "of the copying rate"]
-    mode = ", the step compiled" + (" into a CUDA graph" if setup.cuda else "") if setup.compiled else ""
+    mode = (
+        ", the step compiled" + (" into a CUDA graph" if setup.cuda else "")
+        if setup.compiled
+        else ""
+    )
     return f"One sequence of {context:,} tokens, window {shape['window']:,}, {setup.dtype}{mode}; medians of {setup.new_tokens} tokens; copying {bandwidth / 1e9:,.0f} GB/s.\n\n{table(head, rows)}"
 
 
@@ -366,23 +504,41 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     b, h, t, _ = q.shape
-    k, v = (x.repeat_interleave(h // k.shape[1], dim=1) for x in (k, v))  # torch 2.11 does not group
+    k, v = (
+        x.repeat_interleave(h // k.shape[1], dim=1) for x in (k, v)
+    )  # torch 2.11 does not group
     q, k, v = (rearrange(x, "b h t d -> (b t) h d") for x in (q, k, v))
     ends = torch.arange(0, (b + 1) * t, t, device=q.device, dtype=torch.int32)
-    out = varlen_attn(q, k, v, ends, ends, t, t, window_size=(window - 1, 0))  # it counts the keys before the query's own
+    out = varlen_attn(
+        q, k, v, ends, ends, t, t, window_size=(window - 1, 0)
+    )  # it counts the keys before the query's own
     return rearrange(out, "(b t) h d -> b h t d", b=b)
 
 
-def kernels_section(setup: Setup, length: int | None = None, windows: tuple = (), heads: tuple = ()) -> str:
+def kernels_section(
+    setup: Setup, length: int | None = None, windows: tuple = (), heads: tuple = ()
+) -> str:
     """Windowed attention alone, forward and backward, beside what its visible pairs would take at the causal kernel's rate."""
     length = length or (16384 if setup.cuda else 4096)
     h, k, d = heads or ((12, 4, 64) if setup.cuda else (8, 2, 32))
-    make = lambda heads: torch.randn(1, length, heads, d, device=setup.device, dtype=setup.dtype).transpose(1, 2).requires_grad_()
+    make = lambda heads: (
+        torch.randn(1, length, heads, d, device=setup.device, dtype=setup.dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+    )
     qkv, rows = [make(h), make(k), make(k)], []
     upstream = torch.randn(1, h, length, d, device=setup.device, dtype=setup.dtype)
     for window in windows or ((1024, 4096) if setup.cuda else (64, 256)):
-        names = ("flex", "varlen_attn", "banded", "sdpa") if setup.cuda else ("banded", "sdpa")  # on CPU Flex has no backward pass
-        run = lambda name: varlen(*qkv, window) if name == "varlen_attn" else attend(*qkv, None if name == "causal" else window, "sdpa" if name == "causal" else name)
+        names = (
+            ("flex", "varlen_attn", "banded", "sdpa") if setup.cuda else ("banded", "sdpa")
+        )  # on CPU Flex has no backward pass
+        run = lambda name: (
+            varlen(*qkv, window)
+            if name == "varlen_attn"
+            else attend(
+                *qkv, None if name == "causal" else window, "sdpa" if name == "causal" else name
+            )
+        )
         with torch.no_grad():
             agree({name: run(name).float() for name in names}, 2e-2 if setup.cuda else 1e-5)
 
@@ -393,7 +549,15 @@ def kernels_section(setup: Setup, length: int | None = None, windows: tuple = ()
         alternate(works, 1, setup.clock)
         seconds = alternate(works, setup.repeats, setup.clock)
         promised = seconds["causal"] * visible_pairs(length, window) / visible_pairs(length)
-        rows += [[f"{window:,}", name, f"{took * 1e3:,.2f}", f"{promised / took:.2f}" if name in names else "1.00"] for name, took in seconds.items()]
+        rows += [
+            [
+                f"{window:,}",
+                name,
+                f"{took * 1e3:,.2f}",
+                f"{promised / took:.2f}" if name in names else "1.00",
+            ]
+            for name, took in seconds.items()
+        ]
     head = ["window", "kernel", "ms", "of the causal kernel's FLOP rate"]
     return f"One sequence of {length:,}, {h} heads and {k} of keys and values, width {d}, {setup.dtype}; medians of {setup.repeats} turns.\n\n{table(head, rows)}"
 
@@ -424,19 +588,35 @@ def job_times(setup: Setup, argv: tuple) -> str:
             return result
 
         for step in range(stage.start, min(stage.start + setup.repeats, stage.end)):
-            batch = clock("data (made ahead, in a thread)", lambda: train.batch_of(run, stages, step)).to(run.device)
+            batch = clock(
+                "data (made ahead, in a thread)", lambda: train.batch_of(run, stages, step)
+            ).to(run.device)
             with train.autocast(run):
-                loss = clock("forward", lambda: model.loss(batch.tokens, batch.targets, batch.weights))
+                loss = clock(
+                    "forward", lambda: model.loss(batch.tokens, batch.targets, batch.weights)
+                )
             clock("backward", loss.backward)
             clock("clipping", lambda: nn.utils.clip_grad_norm_(model.parameters(), recipe.clip))
             for optimizer in run.optimizers:
                 clock(type(optimizer).__name__, optimizer.step)
             model.zero_grad(set_to_none=True)
         times = Counter(dict.fromkeys(parts, stage.end - stage.start))
-        evaluations = sum(step % recipe.eval_every == 0 or step == stage.end for step in range(stage.start + 1, stage.end + 1))
-        clock("evaluation: loss", lambda: validation_loss(model, run.corpus, stage.longest, recipe.eval_tokens))
+        evaluations = sum(
+            step % recipe.eval_every == 0 or step == stage.end
+            for step in range(stage.start + 1, stage.end + 1)
+        )
+        clock(
+            "evaluation: loss",
+            lambda: validation_loss(model, run.corpus, stage.longest, recipe.eval_tokens),
+        )
         if run.needles:
-            clock("evaluation: needles", lambda: needle_score(model, held_out_examples(held_out, stage.longest, 8, *held_out.counts(stage.longest))))
+            clock(
+                "evaluation: needles",
+                lambda: needle_score(
+                    model,
+                    held_out_examples(held_out, stage.longest, 8, *held_out.counts(stage.longest)),
+                ),
+            )
         for part, seen in parts.items():
             whole[part] += statistics.median(seen) * times.get(part, evaluations)
     if run.needles and recipe.eval_questions:
@@ -445,9 +625,13 @@ def job_times(setup: Setup, argv: tuple) -> str:
             needle_table(model, held_out, model.config.trained_length, recipe.eval_questions)
         whole["the final needle table"] = setup.clock() - started
     total = sum(whole.values())
-    rows = [[part, f"{seconds:,.1f}", f"{seconds / total:.0%}"] for part, seconds in whole.most_common()]
+    rows = [
+        [part, f"{seconds:,.1f}", f"{seconds / total:.0%}"] for part, seconds in whole.most_common()
+    ]
     size = f"{recipe.steps:,} steps of {recipe.batch_tokens:,} tokens, {run.name}, {'bfloat16 autocast' if run.bf16 else 'float32'}; each part's median of {setup.repeats} steps, times their number; the forward pass makes the gradients of the loss on its way"
-    return f"{size}.\n\n{table(['part', 'seconds', 'share'], [*rows, ['all', f'{total:,.1f}', '']])}"
+    return (
+        f"{size}.\n\n{table(['part', 'seconds', 'share'], [*rows, ['all', f'{total:,.1f}', '']])}"
+    )
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Setup], str]]] = {
@@ -462,7 +646,10 @@ SECTIONS: dict[str, tuple[str, Callable[[Setup], str]]] = {
     "kernels": ("Windowed attention kernels", kernels_section),
     "job": ("Where the time of `python train.py` goes", job_section),
 }
-DEFAULT = {False: ("train", "forward", "decode", "memory"), True: ("train", "forward", "decode", "memory", "gpt2", "contexts", "long-decode", "kernels")}
+DEFAULT = {
+    False: ("train", "forward", "decode", "memory"),
+    True: ("train", "forward", "decode", "memory", "gpt2", "contexts", "long-decode", "kernels"),
+}
 WITH_COHERE2 = {"train", "forward", "decode", "long"}
 
 
@@ -472,20 +659,37 @@ def record(path: Path, machine_name: str, heading: str, body: str) -> None:
     _, *parts = path.read_text().split("\n## ") if path.exists() else [""]
     sections = dict(part.split("\n", 1) for part in parts)
     sections[heading] = f"\n{body}\n"
-    path.write_text(preface + "".join(f"\n## {name}\n{text.rstrip()}\n" for name, text in sections.items()))
+    path.write_text(
+        preface + "".join(f"\n## {name}\n{text.rstrip()}\n" for name, text in sections.items())
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Bad input, peers that disagree and exhausted memory are one line and status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = CommandLine(prog="python -m lab.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: {' '.join(DEFAULT[False])}; on CUDA all but long and job)")
+    parser = CommandLine(
+        prog="python -m lab.speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "sections",
+        nargs="*",
+        metavar="SECTION",
+        help=f"of {', '.join(SECTIONS)} (default: {' '.join(DEFAULT[False])}; on CUDA all but long and job)",
+    )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7, help="turns; slow sections take fewer")
     parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile ours and GPT-2 (default: on CUDA)")
-    parser.add_argument("--out", type=Path, help="a folder: what is printed also goes into its speed-MACHINE.md")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile ours and GPT-2 (default: on CUDA)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="a folder: what is printed also goes into its speed-MACHINE.md"
+    )
     try:
         args = parser.parse(argv)
         for name in args.sections:
@@ -493,18 +697,28 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"section {name!r} is unknown: use {', '.join(SECTIONS)}")
         for name in ("threads", "repeats", "new_tokens"):
             if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1"
+                )
         device, _ = train.choose_device(args.device)
         if args.out and not args.out.is_dir():
             raise FileNotFoundError(f"--out {args.out} is no folder: make it first")
         cuda = device.type == "cuda"
-        setup = Setup(str(device), cuda if args.compile is None else args.compile, args.threads, args.repeats, args.new_tokens)
+        setup = Setup(
+            str(device),
+            cuda if args.compile is None else args.compile,
+            args.threads,
+            args.repeats,
+            args.new_tokens,
+        )
         sections, version = args.sections or DEFAULT[cuda], ""
         if WITH_COHERE2 & set(sections):
             try:
                 import transformers
             except ImportError:
-                raise ValueError("lab.speed compares with transformers, which is not installed: pip install -r requirements-dev.txt") from None
+                raise ValueError(
+                    "lab.speed compares with transformers, which is not installed: pip install -r requirements-dev.txt"
+                ) from None
             version = f", transformers {transformers.__version__}"
     except (ValueError, OSError) as error:
         fail(error)
@@ -516,14 +730,22 @@ def main(argv: list[str] | None = None) -> None:
         clock = "CPU" if setup.clock is time.process_time else "wall"
         load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before it"
         try:
-            body = f"`python -m lab.speed {shlex.join(argv)}`: torch {torch.__version__}{version}, {setup.threads} thread(s), {clock} time{load}.\n\n" + section(setup)
+            body = (
+                f"`python -m lab.speed {shlex.join(argv)}`: torch {torch.__version__}{version}, {setup.threads} thread(s), {clock} time{load}.\n\n"
+                + section(setup)
+            )
         except ArithmeticError as error:
             fail(error)
         except torch.OutOfMemoryError:
             fail(f"section {name!r} is out of memory on {where}: leave it out by naming the others")
         print(f"## {title}\n\n{body}\n", flush=True)
         if args.out:
-            record(args.out / f"speed-{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.md", where, title, body)
+            record(
+                args.out / f"speed-{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.md",
+                where,
+                title,
+                body,
+            )
 
 
 if __name__ == "__main__":

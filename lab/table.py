@@ -1,6 +1,6 @@
 """The final tables of runs as one page of Markdown, from what the runs recorded.
 
-    python -m lab.table out/laptop-* --title "The laptop recipe" --plot results/laptop.png > results/laptop.md
+python -m lab.table out/laptop-* --title "The laptop recipe" --plot results/laptop.png > results/laptop.md
 """
 
 import argparse
@@ -9,7 +9,7 @@ import shlex
 import statistics
 from pathlib import Path
 
-from data.commandline import CommandLine, fail
+from commandline import CommandLine, fail
 from lab.curves import read_log
 
 LEARNED = 0.8  # exact match at the trained length; below, a row says nothing about length
@@ -23,7 +23,10 @@ def read_run(folder: Path) -> dict:
     final = next((e for e in reversed(entries) if e.get("final")), None)
     if final is None:
         raise ValueError(f"{folder} has no final evaluation: let it finish, with --resume {folder}")
-    return json.loads((folder / "run.json").read_text()) | {"final": final, "seconds": sum(e.get("seconds", 0) for e in entries)}
+    return json.loads((folder / "run.json").read_text()) | {
+        "final": final,
+        "seconds": sum(e.get("seconds", 0) for e in entries),
+    }
 
 
 def command(run: dict) -> str:
@@ -52,18 +55,38 @@ def page(runs: list[dict], title: str) -> str:
         "",
         f"Corpus {same('corpus')}, Python {same('python')}, torch {same('torch')}, on {same('device')}, {same('threads')} threads; times are of the training steps.",
         "",
-        "| pattern | seed | nats per token | bits per byte | " + " | ".join(f"{n:,}" for n in lengths) + " | minutes | |",
+        "| pattern | seed | nats per token | bits per byte | "
+        + " | ".join(f"{n:,}" for n in lengths)
+        + " | minutes | |",
         "| --- | --- | --- | --- |" + " --- |" * len(lengths) + " --- | --- |",
     ]
     for run in runs:
         final = run["final"]
         scores = {score["length"]: score for score in final["table"]}
         trained = trained_length(run)
-        cells = [f"{scores[n]['exact']:.2f} ± {scores[n]['error']:.2f}" if n in scores else "" for n in lengths]
-        note = "" if trained in scores and scores[trained]["exact"] >= LEARNED else "not learned in this time"
-        row = [name_of(run), str(run["recipe"]["seed"]), f"{final['val_loss']:.3f}", f"{final['val_bits_per_byte']:.3f}", *cells, f"{run['seconds'] / 60:.1f}", note]
+        cells = [
+            f"{scores[n]['exact']:.2f} ± {scores[n]['error']:.2f}" if n in scores else ""
+            for n in lengths
+        ]
+        note = (
+            ""
+            if trained in scores and scores[trained]["exact"] >= LEARNED
+            else "not learned in this time"
+        )
+        row = [
+            name_of(run),
+            str(run["recipe"]["seed"]),
+            f"{final['val_loss']:.3f}",
+            f"{final['val_bits_per_byte']:.3f}",
+            *cells,
+            f"{run['seconds'] / 60:.1f}",
+            note,
+        ]
         lines.append("| " + " | ".join(row) + " |")
-    lines += ["", f"A row below {LEARNED} at the trained length is \"not learned in this time\": it says nothing about length."]
+    lines += [
+        "",
+        f'A row below {LEARNED} at the trained length is "not learned in this time": it says nothing about length.',
+    ]
     return "\n".join(lines)
 
 
@@ -75,14 +98,29 @@ def plot(runs: list[dict], out: Path) -> None:
     axis = figure.subplots()
     patterns: dict[str, list[dict]] = {}
     for run in runs:
-        patterns.setdefault(name_of(run), []).append({score["length"]: score["exact"] for score in run["final"]["table"]})
+        patterns.setdefault(name_of(run), []).append(
+            {score["length"]: score["exact"] for score in run["final"]["table"]}
+        )
     for name, seeds in patterns.items():
         lengths = sorted(set.intersection(*(set(scores) for scores in seeds)))
         values = [[scores[n] for scores in seeds] for n in lengths]
-        line = axis.plot(lengths, [statistics.median(v) for v in values], marker="o", label=name.replace("`", ""))[0]
-        axis.fill_between(lengths, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15)
+        line = axis.plot(
+            lengths, [statistics.median(v) for v in values], marker="o", label=name.replace("`", "")
+        )[0]
+        axis.fill_between(
+            lengths,
+            [min(v) for v in values],
+            [max(v) for v in values],
+            color=line.get_color(),
+            alpha=0.15,
+        )
     axis.axvline(trained_length(runs[0]), color="gray", linestyle=":", label="trained length")
-    axis.set(xscale="log", xlabel="context, tokens", ylabel="needles found (exact match)", ylim=(-0.03, 1.03))
+    axis.set(
+        xscale="log",
+        xlabel="context, tokens",
+        ylabel="needles found (exact match)",
+        ylim=(-0.03, 1.03),
+    )
     axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
@@ -103,7 +141,11 @@ def trained_length(run: dict) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = CommandLine(prog="python -m lab.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(
+        prog="python -m lab.table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--title", default="Runs")
     parser.add_argument("--plot", type=Path, help="a PNG of exact match against length")

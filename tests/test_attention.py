@@ -40,7 +40,10 @@ HEADS = [(1, 1), (4, 2), (3, 1), (2, 2)]  # (query, key/value): one, grouped, mu
 def qkv(t, s=None, heads=(2, 1), d=4, batch=2, dtype=torch.float64, seed=0, grad=True):
     make = torch.Generator().manual_seed(seed)
     sizes = ((heads[0], t), (heads[1], s or t), (heads[1], s or t))
-    return [torch.randn(batch, h, n, d, generator=make, dtype=dtype).requires_grad_(grad) for h, n in sizes]
+    return [
+        torch.randn(batch, h, n, d, generator=make, dtype=dtype).requires_grad_(grad)
+        for h, n in sizes
+    ]
 
 
 def seen_by_hand(t, window):
@@ -72,14 +75,18 @@ def attend_by_hand(q, k, v, window):
 def test_reference_is_the_definition(heads, window):
     q, k, v = qkv(9, heads=heads)
     # float64, sums of at most 9 terms of order 1: a hundred roundings
-    np.testing.assert_allclose(attend(q, k, v, window, "reference").detach(), attend_by_hand(q, k, v, window), atol=1e-14)
+    np.testing.assert_allclose(
+        attend(q, k, v, window, "reference").detach(), attend_by_hand(q, k, v, window), atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("t,window", SHAPES)
 def test_windowed_backends_equal_reference_with_gradients(t, window):
     inputs = qkv(t, heads=HEADS[(t + window) % len(HEADS)], batch=1 if t > 500 else 2)
     expected = attend(*inputs, window, "reference")
-    upstream = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(
+        expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1)
+    )
     expected_gradients = torch.autograd.grad(expected, inputs, upstream)
     for backend in ("sdpa", "banded", "auto"):
         out = attend(*inputs, window, backend)
@@ -94,7 +101,9 @@ def test_windowed_backends_equal_reference_with_gradients(t, window):
 def test_every_head_layout(heads, t, window):
     q, k, v = qkv(t, heads=heads, grad=False)
     expected = attend(q, k, v, window, "reference")
-    for backend in ("sdpa", "banded", "auto") + (("flex",) if window == 33 else ()):  # eager flex takes a second
+    for backend in ("sdpa", "banded", "auto") + (
+        ("flex",) if window == 33 else ()
+    ):  # eager flex takes a second
         torch.testing.assert_close(attend(q, k, v, window, backend), expected, rtol=0, atol=1e-12)
 
 
@@ -108,10 +117,14 @@ def test_full_attention_with_gradients(backend, t):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("t,window", [(1, 1), (128, 128), (129, 128), (300, None), (300, 1), (300, 130), (140, 999)])
+@pytest.mark.parametrize(
+    "t,window", [(1, 1), (128, 128), (129, 128), (300, None), (300, 1), (300, 130), (140, 999)]
+)
 def test_flex_forward_on_cpu_equals_reference(t, window):
     q, k, v = qkv(t, heads=(4, 2), grad=False)
-    torch.testing.assert_close(attend(q, k, v, window, "flex"), attend(q, k, v, window, "reference"), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        attend(q, k, v, window, "flex"), attend(q, k, v, window, "reference"), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -122,7 +135,9 @@ def test_flex_refuses_to_train_on_cpu(which):
         attend(*inputs, 3, "flex")
 
 
-@pytest.mark.parametrize("t,s,window", [(3, 10, None), (3, 10, 4), (1, 10, 4), (1, 10, None), (5, 2, 9)])
+@pytest.mark.parametrize(
+    "t,s,window", [(3, 10, None), (3, 10, 4), (1, 10, 4), (1, 10, None), (5, 2, 9)]
+)
 @pytest.mark.parametrize("backend", ["sdpa", "auto"])
 def test_positions_in_any_order(backend, t, s, window):
     """Keys in shuffled slots, an empty slot among them: the positions decide, not the order."""
@@ -131,40 +146,80 @@ def test_positions_in_any_order(backend, t, s, window):
     k_pos[k_pos == 18] = -1
     q_pos = torch.arange(20 - t, 20) if t <= s else torch.arange(19, 19 + t)
     out = attend(q, k, v, window, backend, q_pos=q_pos, k_pos=k_pos)
-    for i, query in enumerate(q_pos.tolist()):  # one query at a time, over a sorted copy of just the keys it may see
-        keys = sorted((p, slot) for slot, p in enumerate(k_pos.tolist()) if p >= 0 and p <= query and query - p < (window or 99))
+    for i, query in enumerate(
+        q_pos.tolist()
+    ):  # one query at a time, over a sorted copy of just the keys it may see
+        keys = sorted(
+            (p, slot)
+            for slot, p in enumerate(k_pos.tolist())
+            if p >= 0 and p <= query and query - p < (window or 99)
+        )
         slots = [slot for _, slot in keys]
         assert slots, "the example must leave every query a key"
-        alone = torch.softmax(q[:, :, i, None] @ k[:, :, slots].repeat_interleave(2, 1).mT / 2, -1) @ v[:, :, slots].repeat_interleave(2, 1)
+        alone = torch.softmax(
+            q[:, :, i, None] @ k[:, :, slots].repeat_interleave(2, 1).mT / 2, -1
+        ) @ v[:, :, slots].repeat_interleave(2, 1)
         torch.testing.assert_close(out[:, :, i, None], alone, rtol=0, atol=1e-14)
-    torch.testing.assert_close(out, attend(q, k, v, window, "reference", q_pos, k_pos), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        out, attend(q, k, v, window, "reference", q_pos, k_pos), rtol=0, atol=1e-14
+    )
 
 
 def test_a_shared_mask_changes_nothing():
-    for backend, window in (("sdpa", 5), ("sdpa", None), ("flex", 5), ("flex", None), ("banded", 5), ("reference", 5)):
+    for backend, window in (
+        ("sdpa", 5),
+        ("sdpa", None),
+        ("flex", 5),
+        ("flex", None),
+        ("banded", 5),
+        ("reference", 5),
+    ):
         q, k, v = qkv(70, grad=False)
         mask = make_mask(backend, window, 70, CPU)
-        assert torch.equal(attend(q, k, v, window, backend, mask=mask), attend(q, k, v, window, backend))
+        assert torch.equal(
+            attend(q, k, v, window, backend, mask=mask), attend(q, k, v, window, backend)
+        )
 
 
 # Who sees whom
 
 
-@pytest.mark.parametrize("t,window", [(1, 1), (9, None), (9, 1), (9, 4), (9, 9), (9, 50), (140, 1), (140, 65), (400, 66), (600, 258)])
+@pytest.mark.parametrize(
+    "t,window",
+    [
+        (1, 1),
+        (9, None),
+        (9, 1),
+        (9, 4),
+        (9, 9),
+        (9, 50),
+        (140, 1),
+        (140, 65),
+        (400, 66),
+        (600, 258),
+    ],
+)
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "banded", "flex", "auto"])
 def test_keys_per_row(backend, t, window):
     """Query i sees min(i + 1, W) keys and they are the right ones: equal scores spread the weight evenly over what is
     seen, and values that are one-hot by key give the weights back."""
     if (backend, window) == ("banded", None) or backend == "flex" and t not in (9, 140):
         return  # banded is for windows, and eager flex is slow
-    q, k = torch.zeros(1, 1, t, 4, dtype=torch.float64), torch.zeros(1, 1, t, 4, dtype=torch.float64)
+    q, k = (
+        torch.zeros(1, 1, t, 4, dtype=torch.float64),
+        torch.zeros(1, 1, t, 4, dtype=torch.float64),
+    )
     if backend == "flex":  # which wants keys and values of one width
         q = k = torch.zeros(1, 1, t, t, dtype=torch.float64)
-    weights = attend(q, k, torch.eye(t, dtype=torch.float64)[None, None], window, backend)[0, 0].numpy()
+    weights = attend(q, k, torch.eye(t, dtype=torch.float64)[None, None], window, backend)[
+        0, 0
+    ].numpy()
     mask = seen_by_hand(t, window)
     assert (mask.sum(1) == [min(i + 1, window or t) for i in range(t)]).all()
     assert ((weights != 0) == mask).all()
-    np.testing.assert_allclose(weights, mask / mask.sum(1, keepdims=True), atol=1e-15)  # 1/n to a rounding
+    np.testing.assert_allclose(
+        weights, mask / mask.sum(1, keepdims=True), atol=1e-15
+    )  # 1/n to a rounding
     if t == 9:
         np.testing.assert_array_equal(attention_weights(q, k, window)[0, 0].numpy() != 0, mask)
 
@@ -185,10 +240,16 @@ def test_an_empty_slot_is_never_seen():
 def densified(mask, t):
     """(t t) bool of a BlockMask as a kernel reads it: full blocks whole, partial ones through mask_mod; and the block kinds."""
     size = mask.BLOCK_SIZE[0]
-    dense, kinds = torch.zeros(t, t, dtype=torch.bool), torch.zeros(-(-t // size), -(-t // size), dtype=torch.int)
+    dense, kinds = (
+        torch.zeros(t, t, dtype=torch.bool),
+        torch.zeros(-(-t // size), -(-t // size), dtype=torch.int),
+    )
     rows = torch.arange(t)
     element = mask.mask_mod(0, 0, rows[:, None], rows[None, :])
-    for kind, counts, indices in ((1, mask.kv_num_blocks, mask.kv_indices), (2, mask.full_kv_num_blocks, mask.full_kv_indices)):
+    for kind, counts, indices in (
+        (1, mask.kv_num_blocks, mask.kv_indices),
+        (2, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
         for i in range(kinds.shape[0]):
             for j in indices[0, 0, i, : counts[0, 0, i]].tolist():
                 assert kinds[i, j] == 0, "a block listed twice is counted twice"
@@ -202,18 +263,35 @@ def densified(mask, t):
 @pytest.mark.parametrize("window", [None, 1, 2, 127, 128, 129, 255, 256, 300, 5000])
 def test_flex_mask_equals_torchs(t, window):
     ours = flex_mask(t, window, CPU)
-    torchs = create_block_mask(lambda b, h, q, k: visible(q, k, window), None, None, t, t, device="cpu")
+    torchs = create_block_mask(
+        lambda b, h, q, k: visible(q, k, window), None, None, t, t, device="cpu"
+    )
     assert ours.shape == torchs.shape and ours.BLOCK_SIZE == torchs.BLOCK_SIZE
     dense, kinds = densified(ours, t)
     np.testing.assert_array_equal(dense.numpy(), seen_by_hand(t, window))
-    assert torch.equal(ours.to_dense(), torchs.to_dense())  # blocks visited, so no key block is read in vain
-    whole = t // 128  # PyTorch calls a ragged last row of blocks partial; we may call it whole, and the kernel checks bounds
+    assert torch.equal(
+        ours.to_dense(), torchs.to_dense()
+    )  # blocks visited, so no key block is read in vain
+    whole = (
+        t // 128
+    )  # PyTorch calls a ragged last row of blocks partial; we may call it whole, and the kernel checks bounds
     assert torch.equal(kinds[:whole], densified(torchs, t)[1][:whole])
-    queries = [mask.q_num_blocks + mask.full_q_num_blocks for mask in (ours, torchs)]  # the transposed lists, for the backward pass
+    queries = [
+        mask.q_num_blocks + mask.full_q_num_blocks for mask in (ours, torchs)
+    ]  # the transposed lists, for the backward pass
     assert torch.equal(*queries)
 
 
-@pytest.mark.parametrize("backend,t,window", [("reference", 12, 5), ("sdpa", 12, None), ("sdpa", 12, 5), ("banded", 150, 40), ("banded", 12, 5)])
+@pytest.mark.parametrize(
+    "backend,t,window",
+    [
+        ("reference", 12, 5),
+        ("sdpa", 12, None),
+        ("sdpa", 12, 5),
+        ("banded", 150, 40),
+        ("banded", 12, 5),
+    ],
+)
 def test_causal_and_within_the_window(backend, t, window):
     inputs = qkv(t, heads=(2, 2), batch=1)
     out = attend(*inputs, window, backend)
@@ -236,8 +314,14 @@ def test_causal_and_within_the_window(backend, t, window):
     [
         ("'fast' is unknown: use one of auto, reference, sdpa, banded, flex", dict(backend="fast")),
         ("'banded' is for windows .* use 'sdpa'", dict(backend="banded")),
-        ("'banded' takes whole sequences", dict(backend="banded", window=3, q_pos=torch.arange(6), k_pos=torch.arange(6))),
-        ("'flex' takes whole sequences", dict(backend="flex", window=3, q_pos=torch.arange(6), k_pos=torch.arange(6))),
+        (
+            "'banded' takes whole sequences",
+            dict(backend="banded", window=3, q_pos=torch.arange(6), k_pos=torch.arange(6)),
+        ),
+        (
+            "'flex' takes whole sequences",
+            dict(backend="flex", window=3, q_pos=torch.arange(6), k_pos=torch.arange(6)),
+        ),
         ("window 0 sees nothing.* use 1 or more", dict(window=0)),
         ("window -2 sees nothing", dict(window=-2)),
         ("give both q_pos and k_pos", dict(q_pos=torch.arange(6))),
@@ -275,7 +359,9 @@ def test_auto():
         (cuda, 16, 16, False, "sdpa"), (cuda, None, 100, False, "sdpa"), (cuda, 16, 1, True, "sdpa"),
     ]:  # fmt: skip
         assert choose_backend("auto", window, length, device, cached) == choice
-    assert choose_backend("auto", 16, 100, cuda, head_width=8) == "banded"  # narrower than FlexAttention's kernels take
+    assert (
+        choose_backend("auto", 16, 100, cuda, head_width=8) == "banded"
+    )  # narrower than FlexAttention's kernels take
     assert choose_backend("reference", 16, 100, CPU, cached=True) == "reference"  # a name is itself
 
 
@@ -289,7 +375,9 @@ def randn(*shape):
 def turned(x, theta=10_000.0, positions=None, frequencies=None):
     if frequencies is None:
         frequencies, _ = rotary_frequencies(x.shape[-1], theta)
-    return rotate(x, rotary_table(torch.arange(x.shape[1]) if positions is None else positions, frequencies))
+    return rotate(
+        x, rotary_table(torch.arange(x.shape[1]) if positions is None else positions, frequencies)
+    )
 
 
 def test_rotation_by_hand():
@@ -301,7 +389,9 @@ def test_rotation_by_hand():
         a, c = x[b, t, h, 2 * i].item(), x[b, t, h, 2 * i + 1].item()
         expected[b, t, h, 2 * i] = a * math.cos(angle) - c * math.sin(angle)
         expected[b, t, h, 2 * i + 1] = a * math.sin(angle) + c * math.cos(angle)
-    np.testing.assert_allclose(turned(x, theta=100.0), expected, atol=1e-5)  # angles below 4 in float32: 4 x 2^-24, times |x| up to 5
+    np.testing.assert_allclose(
+        turned(x, theta=100.0), expected, atol=1e-5
+    )  # angles below 4 in float32: 4 x 2^-24, times |x| up to 5
 
 
 def test_rotation_keeps_norms():
@@ -314,7 +404,10 @@ def test_rotation_keeps_norms():
 def test_scores_depend_on_distance_only(scaling):
     frequencies, _ = rotary_frequencies(16, 10_000.0, scaling, 4.0, 64)
     q, k = randn(2, 1, 1, 1, 16)
-    score = lambda m, n: (turned(q, positions=torch.tensor([m]), frequencies=frequencies) * turned(k, positions=torch.tensor([n]), frequencies=frequencies)).sum()
+    score = lambda m, n: (
+        turned(q, positions=torch.tensor([m]), frequencies=frequencies)
+        * turned(k, positions=torch.tensor([n]), frequencies=frequencies)
+    ).sum()
     for distance in (0, 1, 3, 17):
         scores = torch.stack([score(start + distance, start) for start in (0, 1, 5, 100, 1000)])
         # float32 angles up to 1,000: 2^-24 x 1,000 = 6e-5 radians, times |q||k| about 16
@@ -345,18 +438,32 @@ def frequencies_by_hand(d, theta, scaling, s, length):
     if scaling == "yarn":
         dim = lambda r: d * np.log(length / (2 * np.pi * r)) / (2 * np.log(theta))
         low, high = max(np.floor(dim(32)), 0), min(np.ceil(dim(1)), d - 1)
-        ramp = np.clip((np.arange(d // 2) - low) / (high - low + (0.001 if low == high else 0)), 0, 1)
+        ramp = np.clip(
+            (np.arange(d // 2) - low) / (high - low + (0.001 if low == high else 0)), 0, 1
+        )
         return w * (1 - ramp) + w / s * ramp, 0.1 * np.log(s) + 1
     return w, 1.0
 
 
 @pytest.mark.parametrize("scaling", ["none", "pi", "ntk", "yarn"])
-@pytest.mark.parametrize("d,theta,s,length", [(64, 10_000.0, 8.0, 4096), (128, 2e6, 4.0, 8192), (8, 100.0, 2.0, 64), (8, 100.0, 3.0, 7), (32, 1e4, 1.0, 512), (4, 1e4, 2.0, 10**7)])
+@pytest.mark.parametrize(
+    "d,theta,s,length",
+    [
+        (64, 10_000.0, 8.0, 4096),
+        (128, 2e6, 4.0, 8192),
+        (8, 100.0, 2.0, 64),
+        (8, 100.0, 3.0, 7),
+        (32, 1e4, 1.0, 512),
+        (4, 1e4, 2.0, 10**7),
+    ],
+)
 def test_frequencies_against_the_formulas(d, theta, s, length, scaling):
     frequencies, amplitude = rotary_frequencies(d, theta, scaling, s, length)
     expected, factor = frequencies_by_hand(d, theta, scaling, s, length)
     assert frequencies.dtype == torch.float32
-    np.testing.assert_allclose(frequencies, expected, rtol=3e-6)  # float32: exponent and power rounded, ln(2e6) x 2^-24 + a few 2^-24
+    np.testing.assert_allclose(
+        frequencies, expected, rtol=3e-6
+    )  # float32: exponent and power rounded, ln(2e6) x 2^-24 + a few 2^-24
     assert amplitude == pytest.approx(factor, rel=1e-12)
 
 
@@ -386,8 +493,13 @@ def test_tables_far_out():
     table = torch.view_as_complex(pairs)
     exact = 1.5 * np.exp(1j * positions.numpy()[:, None] * 10_000.0 ** (-2 * np.arange(32) / 64))
     assert np.abs(table.numpy() - exact).max() < 1.5 * 0.02
-    rounded = 1.5 * np.exp(1j * (positions.numpy()[:, None].astype(np.float32) * frequencies.numpy()).astype(np.float64))
-    np.testing.assert_allclose(table.numpy(), rounded, atol=1e-6)  # cos and sin of the float32 angle: a few 2^-24
+    rounded = 1.5 * np.exp(
+        1j
+        * (positions.numpy()[:, None].astype(np.float32) * frequencies.numpy()).astype(np.float64)
+    )
+    np.testing.assert_allclose(
+        table.numpy(), rounded, atol=1e-6
+    )  # cos and sin of the float32 angle: a few 2^-24
 
 
 # Length scales
@@ -412,13 +524,19 @@ def test_length_scales_against_the_formulas(kind):
 def test_length_scales_leave_short_texts_alone():
     assert length_scale("none", torch.arange(5), None) is None
     assert length_scale("swan", torch.tensor([0]), 64).item() == 1
-    assert (length_scale("llama4", torch.arange(63), 64) == 1).all() and length_scale("llama4", torch.tensor([63]), 64) > 1
-    assert (length_scale("drope", torch.arange(64), 64) == 1).all() and length_scale("drope", torch.tensor([64]), 64) > 1
+    assert (length_scale("llama4", torch.arange(63), 64) == 1).all() and length_scale(
+        "llama4", torch.tensor([63]), 64
+    ) > 1
+    assert (length_scale("drope", torch.arange(64), 64) == 1).all() and length_scale(
+        "drope", torch.tensor([64]), 64
+    ) > 1
     assert length_scale("ssmax", torch.arange(3), None) is not None  # it needs no base
 
 
 def test_length_scales_refused():
-    with pytest.raises(ValueError, match="'log' is unknown: use one of none, swan, llama4, drope, ssmax"):
+    with pytest.raises(
+        ValueError, match="'log' is unknown: use one of none, swan, llama4, drope, ssmax"
+    ):
         length_scale("log", torch.arange(3), 64)
     for kind in ("swan", "llama4", "drope"):
         with pytest.raises(ValueError, match=f"'{kind}' needs length_base or trained_length"):
@@ -454,7 +572,10 @@ def test_banded_is_fifteen_times_faster_than_the_dense_mask():
 def test_bfloat16_trains_through_float32_on_a_cpu(t, window):
     """Its fused backward pass is slow there; under autocast too the sums are float32's, and so are the gradients, rounded once."""
     torch.manual_seed(0)
-    rough = [torch.randn(1, heads, t, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
+    rough = [
+        torch.randn(1, heads, t, 16, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
     fine = [x.detach().float().requires_grad_() for x in rough]
     with torch.autocast("cpu", torch.bfloat16):
         out = attend(*rough, window=window, backend="sdpa")

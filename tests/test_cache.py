@@ -16,7 +16,11 @@ V = 23
 def tiny(pattern="rrrN", window=5, n_layer=None, seed=0, dtype=torch.float64, **more):
     torch.manual_seed(seed)
     sizes = dict(n_head=4, n_kv_head=2, d_model=16, d_ff=20, vocab_size=V, trained_length=8)
-    model = Transformer(ModelConfig(n_layer=n_layer or len(pattern), pattern=pattern, window=window, **(sizes | more))).to(dtype)
+    model = Transformer(
+        ModelConfig(
+            n_layer=n_layer or len(pattern), pattern=pattern, window=window, **(sizes | more)
+        )
+    ).to(dtype)
     with torch.no_grad():
         model.embed_tokens.weight.normal_()  # far from uniform: every layer matters to the logits
     return model.requires_grad_(False)
@@ -28,11 +32,17 @@ def text(b=2, t=20, seed=1):
 
 def cuts(t, window):
     """Chunk sizes that sum to t, by name: equal ones around the window, and random ones."""
-    sizes = {n: [n] * (t // n) + [t % n] * (t % n > 0) for n in (1, window - 1, window, window + 1, 2 * window + 1, t) if 0 < n <= t}
+    sizes = {
+        n: [n] * (t // n) + [t % n] * (t % n > 0)
+        for n in (1, window - 1, window, window + 1, 2 * window + 1, t)
+        if 0 < n <= t
+    }
     for seed in (0, 1):
         make, random = torch.Generator().manual_seed(seed), []
         while sum(random) < t:
-            random.append(min(int(torch.randint(1, 2 * window + 3, (), generator=make)), t - sum(random)))
+            random.append(
+                min(int(torch.randint(1, 2 * window + 3, (), generator=make)), t - sum(random))
+            )
         sizes[f"random {seed}"] = random
     return sizes
 
@@ -46,7 +56,10 @@ def differences(model, tokens, window, max_length=None):
     """The largest difference of cached from uncached logits, relative to their scale, for each cut."""
     expected = model(tokens)
     scale = expected.abs().max()
-    return {name: ((cached(model, tokens, sizes, max_length) - expected).abs().max() / scale).item() for name, sizes in cuts(tokens.shape[1], window).items()}
+    return {
+        name: ((cached(model, tokens, sizes, max_length) - expected).abs().max() / scale).item()
+        for name, sizes in cuts(tokens.shape[1], window).items()
+    }
 
 
 CONFIGS = [
@@ -67,7 +80,9 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("fields", CONFIGS, ids=lambda fields: "-".join(str(x) for x in fields.values()))
+@pytest.mark.parametrize(
+    "fields", CONFIGS, ids=lambda fields: "-".join(str(x) for x in fields.values())
+)
 def test_cached_equals_uncached(fields):
     """23 tokens through a window of 5, and a cache with room to spare. float64: what is left is the order of sums, while one
     key too many, too few or at a wrong position is 1e-3 or more."""
@@ -91,7 +106,12 @@ def test_every_backend(backend):
     expected = model(text(2, 23))
     model.backend = backend
     for sizes in cuts(23, 5).values():
-        torch.testing.assert_close(cached(model, text(2, 23), sizes), expected, rtol=0, atol=1e-12 * expected.abs().max().item())
+        torch.testing.assert_close(
+            cached(model, text(2, 23), sizes),
+            expected,
+            rtol=0,
+            atol=1e-12 * expected.abs().max().item(),
+        )
 
 
 def test_float32_over_many_windows():
@@ -104,13 +124,21 @@ def advance_by_slot(self, t):
     """The planted bug: the ring's rows taken to be in order of age, as they stand before it first turns."""
     length = self.length
     q_pos, slots, met = KVCache.advance(self, t)
-    return q_pos, slots, {rows: torch.arange(length + t - len(pos), length + t) for rows, pos in met.items()}
+    return (
+        q_pos,
+        slots,
+        {rows: torch.arange(length + t - len(pos), length + t) for rows, pos in met.items()},
+    )
 
 
 def test_a_mask_by_slot_order_fails_the_same_check(monkeypatch):
-    monkeypatch.setattr(model_module, "KVCache", type("BySlot", (KVCache,), {"advance": advance_by_slot}))
+    monkeypatch.setattr(
+        model_module, "KVCache", type("BySlot", (KVCache,), {"advance": advance_by_slot})
+    )
     found = differences(tiny("rrrN"), text(2, 23), 5)
-    assert found[1] < 1e-12 and found[5] < 1e-12 and found[23] < 1e-12  # it hides where slots happen to be in order
+    assert (
+        found[1] < 1e-12 and found[5] < 1e-12 and found[23] < 1e-12
+    )  # it hides where slots happen to be in order
     for cut in (4, 6, 11, "random 0"):
         assert found[cut] > 1e-3, cut
 
@@ -127,18 +155,25 @@ def test_bytes(pattern, window, max_length, dtype):
     plan = layer_plan(model.config)
     n_windowed = sum(spec.window is not None for spec in plan)
     rows = (len(plan) - n_windowed) * max_length + n_windowed * min(window, max_length)
-    kinds = {min(spec.window or max_length, max_length) for spec in plan}  # an int64 position for each row of each kind of ring
+    kinds = {
+        min(spec.window or max_length, max_length) for spec in plan
+    }  # an int64 position for each row of each kind of ring
     assert cache.nbytes == rows * 2 * 3 * 2 * 4 * dtype.itemsize + 8 * sum(kinds)
     before = cache.nbytes
     model(text(3, 40), cache=cache)
     assert cache.nbytes == before  # it does not grow
-    held = sum(x.untyped_storage().nbytes() for x in (*cache.k, *cache.v, *cache.positions.values()))
+    held = sum(
+        x.untyped_storage().nbytes() for x in (*cache.k, *cache.v, *cache.positions.values())
+    )
     assert held == before  # and hides nothing behind a view
 
 
 def test_a_quarter_of_full_attention():
     """At 32 windows of context rrrN holds (32 + 3) / (4 x 32) = 0.27 of what R holds."""
-    half, full = (tiny(pattern, 64, n_layer=4, head_dim=64).new_cache(1, 32 * 64).nbytes for pattern in ("rrrN", "R"))
+    half, full = (
+        tiny(pattern, 64, n_layer=4, head_dim=64).new_cache(1, 32 * 64).nbytes
+        for pattern in ("rrrN", "R")
+    )
     assert half / full == pytest.approx(35 / 128, rel=0.01)  # the positions are the rest
 
 
@@ -164,9 +199,14 @@ def test_past_max_length(held, t):
         model(text(2, held), cache=cache)
     before = contents(cache)
     for read in (model, model.prefill, model.fill):
-        with pytest.raises(ValueError, match=f"the cache holds 10 tokens and has {held}: {t} more need a larger max_length"):
+        with pytest.raises(
+            ValueError,
+            match=f"the cache holds 10 tokens and has {held}: {t} more need a larger max_length",
+        ):
             read(text(2, t), cache=cache)
-    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(before, contents(cache)))
+    assert all(
+        torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(before, contents(cache))
+    )
     if held < 10:  # and it still works
         whole = torch.cat((text(2, held), text(2, 10 - held, seed=3)), 1) if held else text(2, 10)
         rest = model(whole[:, held:], cache=cache)
@@ -175,7 +215,10 @@ def test_past_max_length(held, t):
 
 def test_refused():
     for batch_size, max_length in ((0, 8), (1, 0)):
-        with pytest.raises(ValueError, match=f"a cache of {batch_size} rows of {max_length} tokens holds nothing: use 1 or more"):
+        with pytest.raises(
+            ValueError,
+            match=f"a cache of {batch_size} rows of {max_length} tokens holds nothing: use 1 or more",
+        ):
             tiny().new_cache(batch_size, max_length)
     model = tiny("rrrN")
     cache = model.new_cache(2, 10)
@@ -191,12 +234,23 @@ def test_rows_of_a_batch_are_independent():
     other[0] = (other[0] + 1) % V
     assert torch.equal(cached(model, other, [4] * 5 + [3])[1:], together[1:])
     for row in range(3):  # alone: another shape, another order of sums
-        torch.testing.assert_close(cached(model, tokens[row : row + 1], [4] * 5 + [3])[0], together[row], rtol=0, atol=1e-11)
+        torch.testing.assert_close(
+            cached(model, tokens[row : row + 1], [4] * 5 + [3])[0],
+            together[row],
+            rtol=0,
+            atol=1e-11,
+        )
 
 
 def test_a_cache_joins_the_model_through_its_plan():
     """Layers of one window share positions, and a window as long as the cache shares the full layers'."""
-    cache = KVCache([LayerSpec(True, 4), LayerSpec(False, 4), LayerSpec(True, 9), LayerSpec(False, None)], 1, 1, 2, 9)
+    cache = KVCache(
+        [LayerSpec(True, 4), LayerSpec(False, 4), LayerSpec(True, 9), LayerSpec(False, None)],
+        1,
+        1,
+        2,
+        9,
+    )
     assert cache.rows == [4, 4, 9, 9] and set(cache.positions) == {4, 9}
 
 
@@ -206,11 +260,22 @@ def test_prefill_is_the_last_logits_whatever_its_chunk(monkeypatch):
     for first, chunk in ((1, 1), (4, 4), (7, 3), (20, 1), (20, 512), (23, 5), (512, 512)):
         monkeypatch.setattr(model_module, "FIRST_CHUNK", first)
         monkeypatch.setattr(model_module, "PREFILL_CHUNK", chunk)
-        torch.testing.assert_close(model.prefill(tokens, model.new_cache(2, 23)), expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(
+            model.prefill(tokens, model.new_cache(2, 23)), expected, rtol=0, atol=1e-11
+        )
 
 
 @pytest.mark.parametrize(
-    "pattern,more", [("R", {}), ("rrrN", {}), ("Nrrr", {}), ("n", {}), ("R", {"qk_norm": True}), ("rN", {"length_scale": "ssmax"}), ("rN", {"length_scale": "swan", "trained_length": 8})]
+    "pattern,more",
+    [
+        ("R", {}),
+        ("rrrN", {}),
+        ("Nrrr", {}),
+        ("n", {}),
+        ("R", {"qk_norm": True}),
+        ("rN", {"length_scale": "ssmax"}),
+        ("rN", {"length_scale": "swan", "trained_length": 8}),
+    ],
 )
 def test_fill_leaves_what_a_whole_forward_leaves(pattern, more, monkeypatch):
     """The last layer computes nothing but keys and values, and what follows sees no difference; the cache has the same content."""
@@ -219,11 +284,20 @@ def test_fill_leaves_what_a_whole_forward_leaves(pattern, more, monkeypatch):
     monkeypatch.setattr(model_module, "PREFILL_CHUNK", 5)
     whole, filled, attended = model.new_cache(2, 23), model.new_cache(2, 23), []
     expected = model(tokens, cache=whole)
-    monkeypatch.setattr(type(model.layers[-1].self_attn), "mix", lambda self, *args, mix=Attention.mix: attended.append(args[-1]) or mix(self, *args))
+    monkeypatch.setattr(
+        type(model.layers[-1].self_attn),
+        "mix",
+        lambda self, *args, mix=Attention.mix: attended.append(args[-1]) or mix(self, *args),
+    )
     model.fill(tokens[:, :17], filled)
     assert set(attended) == set(range(len(model.layers) - 1))
-    torch.testing.assert_close(model(tokens[:, 17:], cache=filled), expected[:, 17:], rtol=0, atol=1e-11)
-    for a, b in zip((*filled.k, *filled.v, *filled.positions.values()), (*whole.k, *whole.v, *whole.positions.values())):
+    torch.testing.assert_close(
+        model(tokens[:, 17:], cache=filled), expected[:, 17:], rtol=0, atol=1e-11
+    )
+    for a, b in zip(
+        (*filled.k, *filled.v, *filled.positions.values()),
+        (*whole.k, *whole.v, *whole.positions.values()),
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
@@ -281,7 +355,9 @@ def test_a_stream_continues_its_cache():
 
 def test_sampling_comes_out_again():
     model = writer()
-    draw = lambda seed: model.generate(text(4, 7), 15, temperature=1.5, generator=torch.Generator().manual_seed(seed))
+    draw = lambda seed: model.generate(
+        text(4, 7), 15, temperature=1.5, generator=torch.Generator().manual_seed(seed)
+    )
     torch.manual_seed(99)
     state = torch.get_rng_state()
     first = draw(0)
@@ -294,7 +370,10 @@ def test_top_k_of_one_and_little_p_are_greedy():
     greedy = model.generate(tokens, 15)
     assert torch.equal(model.generate(tokens, 15, temperature=2.0, top_k=1), greedy)
     assert torch.equal(model.generate(tokens, 15, temperature=2.0, top_p=1e-6), greedy)
-    assert not torch.equal(model.generate(tokens, 15, temperature=2.0, generator=torch.Generator().manual_seed(0)), greedy)
+    assert not torch.equal(
+        model.generate(tokens, 15, temperature=2.0, generator=torch.Generator().manual_seed(0)),
+        greedy,
+    )
 
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
@@ -311,7 +390,10 @@ PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
         (dict(top_p=0.8), [1, 3, 4]),
         (dict(top_p=1.0), [0, 1, 2, 3, 4]),
         (dict(top_k=3, top_p=0.7), [1, 3]),  # p of what k left: .4 and .25 of .85 are .47 and .76
-        (dict(temperature=0.5, top_p=0.6), [1, 3]),  # p after the temperature: .16 and .0625 of .275 are .58 and .81
+        (
+            dict(temperature=0.5, top_p=0.6),
+            [1, 3],
+        ),  # p after the temperature: .16 and .0625 of .275 are .58 and .81
     ],
 )
 def test_what_is_drawn(settings, kept):
@@ -321,7 +403,9 @@ def test_what_is_drawn(settings, kept):
     p[kept] = PROBABILITIES[kept] ** (1 / temperature)
     p /= p.sum()
     n = 20_000
-    drawn = sample_token(PROBABILITIES.log().expand(n, 5), **settings, generator=torch.Generator().manual_seed(0))
+    drawn = sample_token(
+        PROBABILITIES.log().expand(n, 5), **settings, generator=torch.Generator().manual_seed(0)
+    )
     shares = drawn.bincount(minlength=5) / n
     assert (shares[p == 0] == 0).all()
     assert ((shares - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
@@ -333,7 +417,9 @@ def test_temperature_on_a_model(temperature):
     model, tokens = tiny("rN", dtype=torch.float32), text(1, 7)
     n = 4000
     p = (model(tokens)[0, -1] / temperature).softmax(-1)
-    drawn = model.generate(tokens.expand(n, 7), 1, temperature=temperature, generator=torch.Generator().manual_seed(0))[:, -1]
+    drawn = model.generate(
+        tokens.expand(n, 7), 1, temperature=temperature, generator=torch.Generator().manual_seed(0)
+    )[:, -1]
     shares = drawn.bincount(minlength=V) / n
     # five standard deviations of a share, and 1/n for the rarest, which are Poisson rather than normal
     assert ((shares - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 2 / n).all()
@@ -347,7 +433,9 @@ def test_no_failure_leaves_a_half_read_cache():
     before = contents(cache)
     with pytest.raises(IndexError):
         model(torch.full((2, 2), V), cache=cache)
-    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(before, contents(cache)))
+    assert all(
+        torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(before, contents(cache))
+    )
 
 
 def test_scale_and_rotation_are_absolute_under_the_cache():
@@ -358,7 +446,9 @@ def test_scale_and_rotation_are_absolute_under_the_cache():
         model(tokens[:, :11], cache=cache)
         late = model(tokens[:, 11:], cache=cache)
         torch.testing.assert_close(late, model(tokens)[:, 11:], rtol=0, atol=1e-12)
-        assert not torch.allclose(late, model(tokens[:, 11:], cache=model.new_cache(1, 12)), atol=1e-3)
+        assert not torch.allclose(
+            late, model(tokens[:, 11:], cache=model.new_cache(1, 12)), atol=1e-3
+        )
 
 
 # The compiled step
@@ -384,7 +474,9 @@ def test_the_compiled_step_compiles_once():
     model, tokens = tiny("rN", dtype=torch.float32), text(2, 4)
     expected = model.generate(tokens, 18)
     model.compile_decoding()
-    with torch._dynamo.config.patch(error_on_recompile=True):  # monkeypatch would leave torch's config without the entry
+    with torch._dynamo.config.patch(
+        error_on_recompile=True
+    ):  # monkeypatch would leave torch's config without the entry
         assert torch.equal(model.generate(tokens, 18), expected)
 
 

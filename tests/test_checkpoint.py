@@ -17,9 +17,17 @@ import checkpoint
 from data.tokenizer import load_tokenizer, train_tokenizer
 from model import ModelConfig, Transformer, layer_plan
 
-transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
+transformers = pytest.importorskip(
+    "transformers", reason="the oracle; pip install -r requirements-dev.txt"
+)
 safetensors_torch = pytest.importorskip("safetensors.torch")
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cohere2Config, Cohere2ForCausalLM  # noqa: E402
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+)  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -38,18 +46,33 @@ OURS = {  # what we save: every pattern of r and N, R, N, RN, and every way to s
     "N": dict(pattern="N", n_layer=2),
     "RN, pi": dict(pattern="RN", window=None, rope_scaling="pi", rope_factor=3.0),
     "rrrN, ntk": dict(rope_scaling="ntk", rope_factor=4.0),
-    "R, yarn": dict(pattern="R", window=None, n_layer=2, head_dim=32, rope_scaling="yarn", rope_factor=4.0, rope_original_length=32),
+    "R, yarn": dict(
+        pattern="R",
+        window=None,
+        n_layer=2,
+        head_dim=32,
+        rope_scaling="yarn",
+        rope_factor=4.0,
+        rope_original_length=32,
+    ),
 }
 THEIRS = {  # what transformers saves, in Cohere2Config's words
     "sliding_window_pattern": dict(sliding_window_pattern=2),
     "defaults": dict(),
     "layer_types, head_dim, eps": dict(layer_types=list("fsss"), head_dim=16, layer_norm_eps=1e-3),
-    "one key head, logit_scale, theta": dict(layer_types=list("sffs"), num_key_value_heads=1, logit_scale=1.7, rope_theta=300.0),
+    "one key head, logit_scale, theta": dict(
+        layer_types=list("sffs"), num_key_value_heads=1, logit_scale=1.7, rope_theta=300.0
+    ),
     "untied": dict(layer_types=list("ffss"), tie_word_embeddings=False),
     "all full": dict(layer_types=list("ffff")),
     "all sliding, no groups": dict(layer_types=list("ssss"), num_key_value_heads=None),
     "linear": dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1000.0)),
-    "yarn": dict(head_dim=32, rope_parameters=dict(rope_type="yarn", factor=8.0, rope_theta=1000.0, original_max_position_embeddings=64)),
+    "yarn": dict(
+        head_dim=32,
+        rope_parameters=dict(
+            rope_type="yarn", factor=8.0, rope_theta=1000.0, original_max_position_embeddings=64
+        ),
+    ),
     "sharded": dict(shards="60KB"),
     "bfloat16, sharded": dict(dtype=torch.bfloat16, shards="30KB"),
 }
@@ -73,9 +96,21 @@ def their_model(dtype=torch.float32, **changes) -> Cohere2ForCausalLM:
     kinds = {"s": "sliding_attention", "f": "full_attention"}
     if "layer_types" in changes:
         changes["layer_types"] = [kinds[letter] for letter in changes["layer_types"]]
-    sizes = dict(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=48)
-    special = dict(bos_token_id=V - 1, eos_token_id=V - 1, pad_token_id=V - 1)  # the defaults lie outside this vocabulary
-    return lively(Cohere2ForCausalLM(Cohere2Config(**sizes | special | dict(vocab_size=V, sliding_window=7) | changes))).to(dtype)
+    sizes = dict(
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_size=32,
+        intermediate_size=48,
+    )
+    special = dict(
+        bos_token_id=V - 1, eos_token_id=V - 1, pad_token_id=V - 1
+    )  # the defaults lie outside this vocabulary
+    return lively(
+        Cohere2ForCausalLM(
+            Cohere2Config(**sizes | special | dict(vocab_size=V, sliding_window=7) | changes)
+        )
+    ).to(dtype)
 
 
 def tokens(t: int = 40, b: int = 2, seed: int = 1) -> torch.Tensor:
@@ -95,7 +130,9 @@ def check_same_model(ours: Transformer, theirs: Cohere2ForCausalLM) -> None:
     hidden = ours.hidden(x, layers=layers)
     out = theirs(x, labels=x, output_hidden_states=True)
     assert difference(ours(x), out.logits) < TOLERANCE
-    for mine, other in zip(layers[:-1] + [hidden], out.hidden_states, strict=True):  # their last one is after the final norm
+    for mine, other in zip(
+        layers[:-1] + [hidden], out.hidden_states, strict=True
+    ):  # their last one is after the final norm
         assert difference(mine, other) < TOLERANCE
     loss = ours.loss(x[:, :-1], x[:, 1:])
     assert difference(loss, out.loss) < TOLERANCE
@@ -107,12 +144,20 @@ def check_same_model(ours: Transformer, theirs: Cohere2ForCausalLM) -> None:
     for name in mine:
         assert difference(mine[name], other[name]) < TOLERANCE, name
     prompt = tokens(5, seed=2)
-    wanted = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, eos_token_id=None)
+    wanted = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=None,
+    )
     assert torch.equal(ours.generate(prompt, 64), wanted)
 
 
 def equal_weights(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,8 +171,15 @@ def test_transformers_runs_what_we_save(tmp_path, changes):
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
     assert isinstance(theirs, Cohere2ForCausalLM) and theirs.dtype == torch.float32
     assert not any(report.values()), f"tensors that transformers did not match: {report}"
-    assert theirs.config.eos_token_id == theirs.config.bos_token_id == theirs.generation_config.eos_token_id == V - 1
-    expected = ours(tokens())  # before anything is generated: decoding lays matrices out anew, and another layout rounds otherwise
+    assert (
+        theirs.config.eos_token_id
+        == theirs.config.bos_token_id
+        == theirs.generation_config.eos_token_id
+        == V - 1
+    )
+    expected = ours(
+        tokens()
+    )  # before anything is generated: decoding lays matrices out anew, and another layout rounds otherwise
     check_same_model(ours, theirs.eval())
 
     theirs.save_pretrained(tmp_path / "b")  # and back, through their writer
@@ -152,13 +204,28 @@ def test_we_run_what_transformers_saves(tmp_path, changes):
     assert len(files) > 2 if shards != "1GB" else len(files) == 1
     dtype = theirs.dtype
     ours = Transformer.from_pretrained(tmp_path / "a")
-    assert all(p.device.type == "cpu" and p.requires_grad and p.dtype == torch.float32 for p in ours.parameters())
-    check_same_model(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval())
+    assert all(
+        p.device.type == "cpu" and p.requires_grad and p.dtype == torch.float32
+        for p in ours.parameters()
+    )
+    check_same_model(
+        ours, AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval()
+    )
 
-    Transformer.from_pretrained(tmp_path / "a", dtype=dtype).save_pretrained(tmp_path / "b")  # and back, in the file's dtype
+    Transformer.from_pretrained(tmp_path / "a", dtype=dtype).save_pretrained(
+        tmp_path / "b"
+    )  # and back, in the file's dtype
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert back.dtype == dtype and equal_weights(back.state_dict(), theirs.state_dict())
-    for key in ("layer_types", "sliding_window", "head_dim", "rope_parameters", "logit_scale", "layer_norm_eps", "tie_word_embeddings"):
+    for key in (
+        "layer_types",
+        "sliding_window",
+        "head_dim",
+        "rope_parameters",
+        "logit_scale",
+        "layer_norm_eps",
+        "tie_word_embeddings",
+    ):
         assert getattr(back.config, key) == getattr(theirs.config, key), key
 
 
@@ -189,9 +256,15 @@ def test_planted_errors_exceed_the_tolerance(tmp_path, monkeypatch, error):
     if error == "half-split rotation":
         monkeypatch.setattr(attention, "rotate", half_split)
     if error == "rotation backwards":
-        monkeypatch.setattr(attention, "rotate", lambda x, table, right=attention.rotate: right(x, table.conj()))
+        monkeypatch.setattr(
+            attention, "rotate", lambda x, table, right=attention.rotate: right(x, table.conj())
+        )
     if error == "RMS norm":
-        monkeypatch.setattr(attention.LayerNorm, "forward", lambda n, x: nn.functional.rms_norm(x, n.normalized_shape, n.weight, n.eps))
+        monkeypatch.setattr(
+            attention.LayerNorm,
+            "forward",
+            lambda n, x: nn.functional.rms_norm(x, n.normalized_shape, n.weight, n.eps),
+        )
     d = difference(ours(tokens()), theirs(tokens()).logits)
     assert d < TOLERANCE if error == "none" else d > 50 * TOLERANCE, d
 
@@ -217,8 +290,13 @@ OLDER = {
     "4.48": {},
     "period 2": dict(layer_switch=2, sliding_window_pattern=2),
     "4.48's linear": dict(rope_scaling={"type": "linear", "factor": 2.0}),
-    "4.57's yarn": dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, max_position_embeddings=128),
-    "yarn from max_position_embeddings": dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}, max_position_embeddings=64),
+    "4.57's yarn": dict(
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        max_position_embeddings=128,
+    ),
+    "yarn from max_position_embeddings": dict(
+        rope_scaling={"rope_type": "yarn", "factor": 4.0}, max_position_embeddings=64
+    ),
 }
 
 
@@ -226,8 +304,15 @@ OLDER = {
 def test_older_spellings(tmp_path, changes):
     their_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(older_config(**changes)))
-    ours, theirs = Transformer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert ours.config.logit_scale == 0.25 and ours.config.rope_theta == 50_000 and ours.config.head_dim is None
+    ours, theirs = (
+        Transformer.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
+    )
+    assert (
+        ours.config.logit_scale == 0.25
+        and ours.config.rope_theta == 50_000
+        and ours.config.head_dim is None
+    )
     assert ours.config.pattern == ("rN" if changes.get("layer_switch") == 2 else "rrrN")
     assert difference(ours(tokens()), theirs(tokens()).logits) < TOLERANCE
 
@@ -244,11 +329,15 @@ def test_command_r7b_full_shape_on_meta(tmp_path):
                 vocab_size=256000, sliding_window=4096, eos_token_id=255001, torch_dtype="bfloat16")  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(older_config(**full)))
     config = ModelConfig(**checkpoint.load_config(tmp_path))
-    assert config == ModelConfig(32, 32, 8, 4096, 14336, 256000, "rrrN", window=4096, rope_theta=50_000.0, logit_scale=0.25)
+    assert config == ModelConfig(
+        32, 32, 8, 4096, 14336, 256000, "rrrN", window=4096, rope_theta=50_000.0, logit_scale=0.25
+    )
     with torch.device("meta"):
         ours = Transformer(config)
         theirs = Cohere2ForCausalLM(AutoConfig.from_pretrained(tmp_path))
-    wanted = {name.removeprefix("model."): p.shape for name, p in theirs.named_parameters()}  # the tied lm_head once
+    wanted = {
+        name.removeprefix("model."): p.shape for name, p in theirs.named_parameters()
+    }  # the tied lm_head once
     assert {name: p.shape for name, p in ours.named_parameters()} == wanted
     assert sum(p.numel() for p in ours.parameters()) == 8_028_033_024
 
@@ -272,7 +361,10 @@ def test_tokenizer_and_model_in_one_folder(tmp_path):
     train_tokenizer([text], 280).save(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     our_model(vocab_size=tokenizer.n_vocab).save_pretrained(tmp_path)
-    ours, theirs = Transformer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours, theirs = (
+        Transformer.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
+    )
     other = AutoTokenizer.from_pretrained(tmp_path)
     prompt = other("def naïve(q):\n", return_tensors="pt")
     assert prompt.input_ids[0].tolist() == tokenizer.encode_ordinary("def naïve(q):\n")
@@ -290,7 +382,11 @@ def test_tokenizer_json_alone(tmp_path, monkeypatch):
         (tmp_path / name).unlink()
     theirs = load_tokenizer(tmp_path)
     assert type(theirs) is not type(ours)
-    assert (theirs.n_vocab, theirs.eot_token, theirs.bos_token) == (ours.n_vocab, ours.eot_token, ours.bos_token)
+    assert (theirs.n_vocab, theirs.eot_token, theirs.bos_token) == (
+        ours.n_vocab,
+        ours.eot_token,
+        ours.bos_token,
+    )
     ids = ours.encode_ordinary(text)
     assert theirs.encode_ordinary(text) == ids and theirs.decode_bytes(ids).decode() == text
     assert theirs.decode_bytes([ours.eot_token, 1000]) == b"<|endoftext|>"
@@ -321,15 +417,32 @@ def test_sample_runs_a_hugging_face_folder(tmp_path, capsys):
         (tmp_path / name).unlink()
     tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
     ids = dict(bos_token_id=tokenizer["model"]["vocab"]["a"], eos_token_id=269, vocab_size=272)
-    their_model(dtype=torch.bfloat16, **ids, pad_token_id=0).save_pretrained(tmp_path, max_shard_size="30KB")
+    their_model(dtype=torch.bfloat16, **ids, pad_token_id=0).save_pretrained(
+        tmp_path, max_shard_size="30KB"
+    )
     (tmp_path / "config.json").write_text(json.dumps(older_config(torch_dtype="bfloat16", **ids)))
     (tmp_path / "generation_config.json").unlink()
-    sample.main(["--checkpoint", str(tmp_path), "--prompt", "def q", "--max-new-tokens", "30", "--temperature", "0", "--device", "cpu"])
+    sample.main(
+        [
+            "--checkpoint",
+            str(tmp_path),
+            "--prompt",
+            "def q",
+            "--max-new-tokens",
+            "30",
+            "--temperature",
+            "0",
+            "--device",
+            "cpu",
+        ]
+    )
     shown = capsys.readouterr().out
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     read = load_tokenizer(tmp_path)
     prompt = torch.tensor([[ids["bos_token_id"], *read.encode_ordinary("def q")]])
-    wanted = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False)[0, 1:].tolist()
+    wanted = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False
+    )[0, 1:].tolist()
     wanted = wanted[: wanted.index(269)] if 269 in wanted else wanted
     assert shown.startswith(read.decode_bytes(wanted).decode(errors="replace") + "\n[")
 
@@ -371,17 +484,28 @@ def test_config_that_asks_for_another_model_is_refused(tmp_path, key, value, wor
 @pytest.mark.parametrize("key, value", [("beta_fast", 64), ("beta_slow", 2), ("attention_factor", 1.5), ("mscale", 1.0), ("mscale_all_dim", 1.0),
                                         ("truncate", False), ("partial_rotary_factor", 0.5), ("factor", None)])  # fmt: skip
 def test_yarn_with_other_constants_is_refused(tmp_path, key, value):
-    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+    rope = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 10000.0,
+    }
     for accepted in ({}, dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None)):
-        (tmp_path / "config.json").write_text(json.dumps(older_config(rope_parameters=rope | accepted)))
+        (tmp_path / "config.json").write_text(
+            json.dumps(older_config(rope_parameters=rope | accepted))
+        )
         assert checkpoint.load_config(tmp_path)["rope_original_length"] == 32
-    (tmp_path / "config.json").write_text(json.dumps(older_config(rope_parameters=rope | {key: value})))
+    (tmp_path / "config.json").write_text(
+        json.dumps(older_config(rope_parameters=rope | {key: value}))
+    )
     with pytest.raises(ValueError, match=key if value is None else f"{key} {value}"):
         checkpoint.load_config(tmp_path)
 
 
 def test_missing_and_damaged_config(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.config\.json not found.*python train\.py"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere.config\.json not found.*python train\.py"
+    ):
         Transformer.from_pretrained(tmp_path / "nowhere")
     our_model(qk_norm=True).save_pretrained(tmp_path)
     whole = (tmp_path / "config.json").read_text()
@@ -390,7 +514,14 @@ def test_missing_and_damaged_config(tmp_path):
         with pytest.raises(ValueError, match=r"config\.json is damaged") as refusal:
             Transformer.from_pretrained(tmp_path)
         assert "\n" not in str(refusal.value)
-    for change in ({"n_layers": 4}, {"n_layer": "4"}, {"n_layer": 0}, {"pattern": "rx"}, {"pattern": None}, {"window": [7]}):
+    for change in (
+        {"n_layers": 4},
+        {"n_layer": "4"},
+        {"n_layer": 0},
+        {"pattern": "rx"},
+        {"pattern": None},
+        {"window": [7]},
+    ):
         (tmp_path / "config.json").write_text(json.dumps(json.loads(whole) | change))
         with pytest.raises(ValueError, match=r"config\.json makes no model: "):
             Transformer.from_pretrained(tmp_path)
@@ -420,9 +551,13 @@ def test_redundant_tied_head(tmp_path):
     ours.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = safetensors_torch.load_file(file)
-    safetensors_torch.save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    safetensors_torch.save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file
+    )
     assert equal_weights(Transformer.from_pretrained(tmp_path).state_dict(), ours.state_dict())
-    safetensors_torch.save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file)
+    safetensors_torch.save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file
+    )
     with pytest.raises(ValueError, match="lm_head.weight differs"):
         Transformer.from_pretrained(tmp_path)
     safetensors_torch.save_file(tensors | {"lm_head.weight": torch.zeros(3, 32)}, file)
@@ -434,7 +569,16 @@ def test_damaged_weights(tmp_path):
     our_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
-    for damaged in (b"", whole[:4], whole[:100], whole[: len(whole) // 2], whole[:-1], b"\xff" * 100, whole + b"more", b"\x80\x04K\x2a."):
+    for damaged in (
+        b"",
+        whole[:4],
+        whole[:100],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        b"\xff" * 100,
+        whole + b"more",
+        b"\x80\x04K\x2a.",
+    ):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"model\.safetensors is damaged") as refusal:
             Transformer.from_pretrained(tmp_path)
@@ -454,7 +598,13 @@ def test_damaged_shards(tmp_path):
     first.rename(tmp_path / "outside.safetensors")
     with pytest.raises(FileNotFoundError, match=f"{first.name} not found"):
         Transformer.from_pretrained(folder)
-    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..", "", "weights.bin"):
+    for name in (
+        "../outside.safetensors",
+        str(tmp_path / "outside.safetensors"),
+        "..",
+        "",
+        "weights.bin",
+    ):
         index.write_text(whole.replace(first.name, name))
         with pytest.raises(ValueError, match="same folder"):
             Transformer.from_pretrained(folder)
@@ -515,5 +665,9 @@ def test_config_round_trip_through_plain_dicts():
             content = checkpoint.to_cohere2(asdict(config), "float32")
             assert (content is None) == ("n" in letters or {"r", "R"} <= set(letters)), letters
             if content is not None:
-                assert content["sliding_window"] is not None  # transformers makes its mask even where no layer slides
-                assert layer_plan(ModelConfig(**checkpoint._from_cohere2(json.loads(json.dumps(content))))) == layer_plan(config)
+                assert (
+                    content["sliding_window"] is not None
+                )  # transformers makes its mask even where no layer slides
+                assert layer_plan(
+                    ModelConfig(**checkpoint._from_cohere2(json.loads(json.dumps(content))))
+                ) == layer_plan(config)

@@ -18,17 +18,57 @@ import pytest
 import tiktoken.load
 import tiktoken.registry
 
-from data.commandline import CommandLine
+from commandline import CommandLine
 from data.corpus import load_corpus
 from data.prepare import from_package, from_url, main, prepare, read_text, split_documents
-from data.tokenizer import EOT, GPT2_PATTERN, PATTERN, Tokenizer, gpt2_tokenizer, load_tokenizer, pieces, train_tokenizer
+from data.tokenizer import (
+    EOT,
+    GPT2_PATTERN,
+    PATTERN,
+    Tokenizer,
+    gpt2_tokenizer,
+    load_tokenizer,
+    pieces,
+    train_tokenizer,
+)
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
-FILES = ["argparse.py", "ast.py", "bdb.py", "calendar.py", "codecs.py", "dis.py", "enum.py", "heapq.py", "inspect.py", "json/decoder.py",
-         "logging/handlers.py", "os.py", "shutil.py", "statistics.py", "turtle.py", "typing.py", "html/entities.py"]
+FILES = [
+    "argparse.py",
+    "ast.py",
+    "bdb.py",
+    "calendar.py",
+    "codecs.py",
+    "dis.py",
+    "enum.py",
+    "heapq.py",
+    "inspect.py",
+    "json/decoder.py",
+    "logging/handlers.py",
+    "os.py",
+    "shutil.py",
+    "statistics.py",
+    "turtle.py",
+    "typing.py",
+    "html/entities.py",
+]
 DOCUMENTS = [(name, read_text(STDLIB / name)) for name in FILES]
-AWKWARD = ["", " ", "\t\tx = 1\t\n", "a\r\nb\r\n\r\n  c\r", "x\n\n\n\n    y\n \n\t\n", "trailing   \n   ", "naïve café, Ünïcödé: Ωμέγα, 中文字符, עברית",
-           "😀👩‍👩‍👧 🇫🇷", "0 12 345 6789 ²½٣", "\u00a0\u2003\u3000 x\x0b\x0c\x1c\x85y\u2028z", "don't I'LL", "e\u0301\u0327", "-" * 77 + "=" * 33, "\0\x7f\xad"]
+AWKWARD = [
+    "",
+    " ",
+    "\t\tx = 1\t\n",
+    "a\r\nb\r\n\r\n  c\r",
+    "x\n\n\n\n    y\n \n\t\n",
+    "trailing   \n   ",
+    "naïve café, Ünïcödé: Ωμέγα, 中文字符, עברית",
+    "😀👩‍👩‍👧 🇫🇷",
+    "0 12 345 6789 ²½٣",
+    "\u00a0\u2003\u3000 x\x0b\x0c\x1c\x85y\u2028z",
+    "don't I'LL",
+    "e\u0301\u0327",
+    "-" * 77 + "=" * 33,
+    "\0\x7f\xad",
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +91,29 @@ def copy(prepared, tmp_path):
 @pytest.fixture
 def refused(capsys):
     """Calls main, which must exit with status 2 after exactly one line on stderr, and returns that line."""
+
     def call(*argv):
         with pytest.raises(SystemExit) as stop:
             main([str(word) for word in argv])
         captured = capsys.readouterr()
         assert stop.value.code == 2 and captured.out == ""
-        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.err.endswith("\n")
+        assert (
+            captured.err.startswith("error: ")
+            and captured.err.count("\n") == 1
+            and captured.err.endswith("\n")
+        )
         return captured.err
+
     return call
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN], ids=["ours", "gpt2"])
 def test_transformers_opens_the_folder_and_encodes_alike(tokenizer, pattern, tmp_path):
     from transformers import AutoTokenizer
+
     ours = Tokenizer(tokenizer.ranks, pattern)
     ours.save(tmp_path)
     # A checkpoint's model_type must not make AutoTokenizer choose a class with rules of its own.
@@ -83,6 +131,7 @@ def test_transformers_opens_the_folder_and_encodes_alike(tokenizer, pattern, tmp
 
 def test_random_text_encodes_alike_in_transformers(tokenizer, tmp_path):
     from tokenizers import Tokenizer as HuggingFace
+
     tokenizer.save(tmp_path)
     theirs = HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
     rng = np.random.default_rng(0)
@@ -93,7 +142,9 @@ def test_random_text_encodes_alike_in_transformers(tokenizer, tmp_path):
 
 
 def test_every_digit_is_one_token_and_end_of_text_is_last(tokenizer):
-    assert len(tokenizer.encode_ordinary("x 1234567890")) == len(tokenizer.encode_ordinary("x ")) + 10
+    assert (
+        len(tokenizer.encode_ordinary("x 1234567890")) == len(tokenizer.encode_ordinary("x ")) + 10
+    )
     assert tokenizer.n_vocab == 1024 and tokenizer.eot_token == 1023
     assert tokenizer.token_bytes(1023) == b"" and tokenizer.decode_bytes([1023]) == EOT.encode()
     spelled = tokenizer.encode_ordinary(EOT)
@@ -106,7 +157,9 @@ def test_pieces_encode_like_the_whole(tokenizer, pattern):
     text = "\n\n".join(text for _, text in DOCUMENTS[:4]) + "a1_\n_b  c \n d\n\ne " * 300
     parts = list(pieces(text, 50))
     assert len(parts) > 1000 and "".join(parts) == text
-    assert [token for ids in ours.encode_batch(parts) for token in ids] == ours.encode_ordinary(text)
+    assert [token for ids in ours.encode_batch(parts) for token in ids] == ours.encode_ordinary(
+        text
+    )
 
 
 def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
@@ -117,16 +170,20 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     assert train_tokenizer((text for _, text in DOCUMENTS), 1024).hash == tokenizer.hash
 
 
-@pytest.mark.parametrize("file, change, message", [
-    ("tokenizer_meta.json", lambda text: text[:40], "damaged"),
-    ("tokenizer_meta.json", lambda text: text.replace('"pattern"', '"patern"'), "damaged"),
-    ("tokenizer_meta.json", lambda text: text.replace("p{N}", "p{L}"), "hash"),
-    ("tokenizer_meta.json", lambda text: text.replace("p{N}", "p{"), "damaged"),
-    ("tokenizer_meta.json", lambda text: "[1]", "damaged"),
-    ("tokenizer.tiktoken", lambda text: "*" + text, "damaged"),
-    ("tokenizer.tiktoken", lambda text: text[:-9], "damaged"),
-    ("tokenizer.tiktoken", lambda text: text[text.index("\n") + 1:], "damaged"),
-    ("tokenizer.tiktoken", lambda text: text[:text.rindex("\n", 0, -1) + 1], "special tokens")])
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("tokenizer_meta.json", lambda text: text[:40], "damaged"),
+        ("tokenizer_meta.json", lambda text: text.replace('"pattern"', '"patern"'), "damaged"),
+        ("tokenizer_meta.json", lambda text: text.replace("p{N}", "p{L}"), "hash"),
+        ("tokenizer_meta.json", lambda text: text.replace("p{N}", "p{"), "damaged"),
+        ("tokenizer_meta.json", lambda text: "[1]", "damaged"),
+        ("tokenizer.tiktoken", lambda text: "*" + text, "damaged"),
+        ("tokenizer.tiktoken", lambda text: text[:-9], "damaged"),
+        ("tokenizer.tiktoken", lambda text: text[text.index("\n") + 1 :], "damaged"),
+        ("tokenizer.tiktoken", lambda text: text[: text.rindex("\n", 0, -1) + 1], "special tokens"),
+    ],
+)
 def test_damaged_tokenizer_is_refused(tokenizer, tmp_path, file, change, message):
     tokenizer.save(tmp_path)
     (tmp_path / file).write_text(change((tmp_path / file).read_text()))
@@ -136,7 +193,9 @@ def test_damaged_tokenizer_is_refused(tokenizer, tmp_path, file, change, message
 
 
 def test_missing_tokenizer_names_the_file_and_the_command(tmp_path):
-    with pytest.raises(FileNotFoundError, match="tokenizer.tiktoken not found.*python -m data.prepare"):
+    with pytest.raises(
+        FileNotFoundError, match="tokenizer.tiktoken not found.*python -m data.prepare"
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -154,6 +213,7 @@ def test_smallest_vocabulary_and_too_little_text():
 
 # ---- gpt2: tiktoken fetches two files once and caches them ---------------------------------------------------------------
 
+
 @pytest.fixture
 def no_gpt2(monkeypatch, tmp_path):
     """tiktoken as on a machine that never fetched anything."""
@@ -164,6 +224,7 @@ def no_gpt2(monkeypatch, tmp_path):
 def test_gpt2_offline_is_one_clear_line(no_gpt2, monkeypatch, tmp_path, refused):
     def unreachable(address):
         raise ConnectionError("no route")
+
     monkeypatch.setattr(tiktoken.load, "read_file", unreachable)
     line = refused("--encoding", "gpt2", "--out", tmp_path / "out")
     assert "vocab.bpe" in line and "TIKTOKEN_CACHE_DIR" in line and "--encoding" in line
@@ -172,13 +233,25 @@ def test_gpt2_offline_is_one_clear_line(no_gpt2, monkeypatch, tmp_path, refused)
 
 def test_gpt2_is_fetched_cached_and_saved(no_gpt2, monkeypatch, tmp_path, server):
     visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    letters = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(256 - len(visible))]  # in the order of GPT-2's first ids
+    letters = [chr(byte) for byte in visible] + [
+        chr(256 + i) for i in range(256 - len(visible))
+    ]  # in the order of GPT-2's first ids
     pairs = [(a, b) for a in letters for b in letters][:50_000]
-    server.pages["/vocab.bpe"] = ("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs)).encode()
-    server.pages["/encoder.json"] = json.dumps({token: i for i, token in enumerate([*letters, *(a + b for a, b in pairs), EOT])}).encode()
+    server.pages["/vocab.bpe"] = (
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs)
+    ).encode()
+    server.pages["/encoder.json"] = json.dumps(
+        {token: i for i, token in enumerate([*letters, *(a + b for a, b in pairs), EOT])}
+    ).encode()
     fetch = tiktoken.load.read_file
-    monkeypatch.setattr(tiktoken.load, "read_file", lambda address: fetch(server.address + "/" + address.rsplit("/", 1)[1]))
-    monkeypatch.setattr(tiktoken.load, "check_hash", lambda data, expected: True)  # the made-up merges are not OpenAI's
+    monkeypatch.setattr(
+        tiktoken.load,
+        "read_file",
+        lambda address: fetch(server.address + "/" + address.rsplit("/", 1)[1]),
+    )
+    monkeypatch.setattr(
+        tiktoken.load, "check_hash", lambda data, expected: True
+    )  # the made-up merges are not OpenAI's
     first = gpt2_tokenizer()
     assert first.n_vocab == 50257 and first.eot_token == 50256
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
@@ -189,11 +262,13 @@ def test_gpt2_is_fetched_cached_and_saved(no_gpt2, monkeypatch, tmp_path, server
     assert corpus.tokenizer.hash == first.hash and corpus.train.dtype == np.uint16
     assert corpus.tokenizer.encode_ordinary(AWKWARD[3]) == first.encode_ordinary(AWKWARD[3])
     from tokenizers import Tokenizer as HuggingFace
+
     theirs = HuggingFace.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert all(theirs.encode(text).ids == first.encode_ordinary(text) for text in AWKWARD)
 
 
 # ---- the split and the files ----------------------------------------------------------------------------------------------
+
 
 def test_corpus_holds_the_documents_in_order_each_after_end_of_text(prepared):
     corpus = load_corpus(prepared)
@@ -201,23 +276,41 @@ def test_corpus_holds_the_documents_in_order_each_after_end_of_text(prepared):
     assert set(train).isdisjoint(val) and len(train) + len(val) == len(DOCUMENTS)
     whole = sum(len(text.encode()) for _, text in DOCUMENTS)
     assert 0.1 <= corpus.meta["val"]["bytes"] / whole < 0.2
-    for ids, texts, said in [(corpus.train, train, corpus.meta["train"]), (corpus.val, val, corpus.meta["val"])]:
-        assert corpus.tokenizer.decode_bytes(ids.tolist()).decode() == "".join(EOT + text for text in texts)
-        assert ids[0] == corpus.tokenizer.eot_token and (ids == corpus.tokenizer.eot_token).sum() == len(texts) == said["documents"]
-        assert said["tokens"] == len(ids) and said["bytes"] == sum(len(text.encode()) for text in texts)
-    assert corpus.tokenizer.hash == train_tokenizer(train, 512).hash  # not a byte of validation in the vocabulary
+    for ids, texts, said in [
+        (corpus.train, train, corpus.meta["train"]),
+        (corpus.val, val, corpus.meta["val"]),
+    ]:
+        assert corpus.tokenizer.decode_bytes(ids.tolist()).decode() == "".join(
+            EOT + text for text in texts
+        )
+        assert (
+            ids[0] == corpus.tokenizer.eot_token
+            and (ids == corpus.tokenizer.eot_token).sum() == len(texts) == said["documents"]
+        )
+        assert said["tokens"] == len(ids) and said["bytes"] == sum(
+            len(text.encode()) for text in texts
+        )
+    assert (
+        corpus.tokenizer.hash == train_tokenizer(train, 512).hash
+    )  # not a byte of validation in the vocabulary
     assert len(corpus.hash) == 12
 
 
 def test_documents_that_spell_end_of_text_do_not_end(tmp_path):
     prepare([(str(i), f"a {EOT} b\n" * 9) for i in range(20)], tmp_path / "out", 260)
     corpus = load_corpus(tmp_path / "out")
-    assert (corpus.train == corpus.tokenizer.eot_token).sum() == corpus.meta["train"]["documents"] == 18
+    assert (
+        (corpus.train == corpus.tokenizer.eot_token).sum()
+        == corpus.meta["train"]["documents"]
+        == 18
+    )
 
 
 def test_preparing_twice_in_any_order_gives_equal_bytes(prepared, tmp_path):
     prepare(DOCUMENTS[::-1], tmp_path / "again", 512, source="test")
-    assert sorted(os.listdir(prepared)) == sorted(os.listdir(tmp_path / "again")) and os.listdir(tmp_path) == ["again"]
+    assert sorted(os.listdir(prepared)) == sorted(os.listdir(tmp_path / "again")) and os.listdir(
+        tmp_path
+    ) == ["again"]
     for file in os.listdir(prepared):
         assert (prepared / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
@@ -239,8 +332,15 @@ def test_one_document_larger_than_all_others_still_trains():
 
 
 def test_large_vocabulary_takes_four_bytes_an_id(tmp_path, tokenizer):
-    extra = [bytes([a, b]) for a in range(256) for b in range(256) if bytes([a, b]) not in tokenizer.ranks]
-    large = Tokenizer(tokenizer.ranks | {token: len(tokenizer.ranks) + i for i, token in enumerate(extra)})
+    extra = [
+        bytes([a, b])
+        for a in range(256)
+        for b in range(256)
+        if bytes([a, b]) not in tokenizer.ranks
+    ]
+    large = Tokenizer(
+        tokenizer.ranks | {token: len(tokenizer.ranks) + i for i, token in enumerate(extra)}
+    )
     assert large.n_vocab > 65536
     prepare(DOCUMENTS[:3], tmp_path / "out", tokenizer=large)
     corpus = load_corpus(tmp_path / "out")
@@ -249,16 +349,20 @@ def test_large_vocabulary_takes_four_bytes_an_id(tmp_path, tokenizer):
 
 # ---- damaged corpora ------------------------------------------------------------------------------------------------------
 
+
 def edit(change):
     def damage(folder):
         meta = json.loads((folder / "meta.json").read_text())
         change(meta)
         (folder / "meta.json").write_text(json.dumps(meta))
+
     return damage
 
 
 def foreign_tokenizer(folder):
-    train_tokenizer(["other text, other pairs " * 9 + text for _, text in DOCUMENTS[:2]], 512).save(folder)
+    train_tokenizer(["other text, other pairs " * 9 + text for _, text in DOCUMENTS[:2]], 512).save(
+        folder
+    )
 
 
 def id_outside(folder):
@@ -274,28 +378,41 @@ def flip_a_byte(folder):
     (folder / "train.bin").write_bytes(content)
 
 
-@pytest.mark.parametrize("damage, parts", [
-    (lambda folder: os.truncate(folder / "train.bin", 1001), ["train.bin", "size", "1001"]),
-    (lambda folder: os.truncate(folder / "val.bin", 0), ["val.bin", "size", "is 0"]),
-    (flip_a_byte, ["train.bin", "sha256"]),
-    (lambda folder: os.truncate(folder / "meta.json", 50), ["meta.json", "not JSON"]),
-    (lambda folder: (folder / "meta.json").write_text("[]"), ["meta.json", "list", "dict"]),
-    (edit(lambda meta: meta.pop("n_vocab")), ["meta.json", "n_vocab", "int"]),
-    (edit(lambda meta: meta["train"].pop("sha256")), ["meta.json", "sha256", "str"]),
-    (edit(lambda meta: meta.update(val=3)), ["meta.json", "val", "int", "dict"]),
-    (edit(lambda meta: meta.update(format=0)), ["meta.json", "format", "0", "1"]),
-    (edit(lambda meta: meta.update(dtype="uint32")), ["meta.json", "dtype", "uint32", "uint16"]),
-    (edit(lambda meta: meta.update(dtype="float99")), ["meta.json", "dtype", "float99", "uint16"]),
-    (edit(lambda meta: meta.update(n_vocab=511)), ["meta.json", "n_vocab", "511", "512"]),
-    (edit(lambda meta: meta["val"].update(tokens=0)), ["val.bin", "size"]),
-    (foreign_tokenizer, ["meta.json", "tokenizer hash"]),
-    (id_outside, ["val.bin", "token id 512", "vocabulary of 512"])])
+@pytest.mark.parametrize(
+    "damage, parts",
+    [
+        (lambda folder: os.truncate(folder / "train.bin", 1001), ["train.bin", "size", "1001"]),
+        (lambda folder: os.truncate(folder / "val.bin", 0), ["val.bin", "size", "is 0"]),
+        (flip_a_byte, ["train.bin", "sha256"]),
+        (lambda folder: os.truncate(folder / "meta.json", 50), ["meta.json", "not JSON"]),
+        (lambda folder: (folder / "meta.json").write_text("[]"), ["meta.json", "list", "dict"]),
+        (edit(lambda meta: meta.pop("n_vocab")), ["meta.json", "n_vocab", "int"]),
+        (edit(lambda meta: meta["train"].pop("sha256")), ["meta.json", "sha256", "str"]),
+        (edit(lambda meta: meta.update(val=3)), ["meta.json", "val", "int", "dict"]),
+        (edit(lambda meta: meta.update(format=0)), ["meta.json", "format", "0", "1"]),
+        (
+            edit(lambda meta: meta.update(dtype="uint32")),
+            ["meta.json", "dtype", "uint32", "uint16"],
+        ),
+        (
+            edit(lambda meta: meta.update(dtype="float99")),
+            ["meta.json", "dtype", "float99", "uint16"],
+        ),
+        (edit(lambda meta: meta.update(n_vocab=511)), ["meta.json", "n_vocab", "511", "512"]),
+        (edit(lambda meta: meta["val"].update(tokens=0)), ["val.bin", "size"]),
+        (foreign_tokenizer, ["meta.json", "tokenizer hash"]),
+        (id_outside, ["val.bin", "token id 512", "vocabulary of 512"]),
+    ],
+)
 def test_damaged_corpus_is_refused(copy, damage, parts):
     damage(copy)
     with pytest.raises(ValueError) as refusal:
         load_corpus(copy)
     message = str(refusal.value)
-    assert all(part in message for part in [*parts, f"python -m data.prepare --out {copy}"]) and "\n" not in message
+    assert (
+        all(part in message for part in [*parts, f"python -m data.prepare --out {copy}"])
+        and "\n" not in message
+    )
 
 
 @pytest.mark.parametrize("file", ["meta.json", "train.bin", "val.bin", "tokenizer.tiktoken"])
@@ -307,11 +424,14 @@ def test_missing_file_is_named_with_the_command(copy, file):
 
 def test_missing_folder_is_named_with_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="^corpora/stdlib not found; `python -m data.prepare` makes"):
+    with pytest.raises(
+        FileNotFoundError, match="^corpora/stdlib not found; `python -m data.prepare` makes"
+    ):
         load_corpus()
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------------
+
 
 def test_files_folders_and_packages_combine(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -323,7 +443,12 @@ def test_files_folders_and_packages_combine(tmp_path, monkeypatch, capsys):
     main(["--text", "notes", "book.txt", "--packages", "tqdm", "json", "--vocab_size=300"])
     corpus = load_corpus("corpora/notes")
     text = corpus.tokenizer.decode_bytes([*corpus.train.tolist(), *corpus.val.tolist()]).decode()
-    assert "über Öl" in text and "a line\r\n" in text and "unseeable" not in text and "class JSONDecoder" in text
+    assert (
+        "über Öl" in text
+        and "a line\r\n" in text
+        and "unseeable" not in text
+        and "class JSONDecoder" in text
+    )
     assert corpus.tokenizer.n_vocab == 300 and "bytes per token" in capsys.readouterr().out
     assert os.listdir("corpora") == ["notes"]
 
@@ -338,39 +463,44 @@ def test_packages_are_found_without_being_imported(tmp_path, monkeypatch):
     assert [name for name, _ in from_package("lonely")] == ["lonely.py"]
 
 
-@pytest.mark.parametrize("argv, parts", [
-    (["--vocab-sise", "9"], ["--vocab-sise", "--vocab-size"]),
-    (["--vocab_sise=9"], ["--vocab-sise", "--vocab-size"]),
-    (["--zzzz"], ["--zzzz", "--help"]),
-    (["-q"], ["-q"]),
-    (["book.txt"], ["book.txt", "unexpected"]),
-    (["--vocab-size", "many"], ["--vocab-size", "many"]),
-    (["--vocab-size"], ["--vocab-size"]),
-    (["--encoding", "gpt9"], ["gpt9", "gpt2"]),
-    (["--encoding", "gpt2", "--vocab-size", "300"], ["gpt2", "--vocab-size 300"]),
-    (["--text", "absent.txt"], ["absent.txt", "not found"]),
-    (["--text", "latin.txt"], ["latin.txt", "UTF-8"]),
-    (["--text", "binaries"], ["binaries", "UTF-8"]),
-    (["--text", "empty.txt"], ["empty.txt", "no text"]),
-    (["--text", "small.txt"], ["2,048", "--vocab-size"]),
-    (["--text", "small.txt", "--vocab-size", "0"], ["0 ids", "257"]),
-    (["--text", "small.txt", "--vocab-size", "1000001"], ["1000001", "257"]),
-    (["--text", "spaces.txt"], ["spaces.txt", "in a row"]),
-    (["--packages", "no_such_package"], ["no_such_package", "not installed"]),
-    (["--packages", "sys"], ["sys", "no Python source"]),
-    (["--packages", "nowhere"], ["nowhere", "not installed"]),
-    (["--packages", "namespace"], ["namespace", "no Python source"]),
-    (["--packages", "os.path"], ["os.path", "top-level"]),
-    (["--sha256", "0" * 64], ["--sha256", "--url"]),
-    (["--url", ""], ["--url", "http"]),
-    (["--url", "ftp://127.0.0.1/x"], ["ftp://127.0.0.1/x", "http"]),
-    (["--url", "http://127.0.0.1:99999/x"], ["127.0.0.1:99999"]),
-    (["--url", "http://127.0.0.1/x", "--sha256", "12"], ["12", "64 hex"]),
-])
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--vocab-sise", "9"], ["--vocab-sise", "--vocab-size"]),
+        (["--vocab_sise=9"], ["--vocab-sise", "--vocab-size"]),
+        (["--zzzz"], ["--zzzz", "--help"]),
+        (["-q"], ["-q"]),
+        (["book.txt"], ["book.txt", "unexpected"]),
+        (["--vocab-size", "many"], ["--vocab-size", "many"]),
+        (["--vocab-size"], ["--vocab-size"]),
+        (["--encoding", "gpt9"], ["gpt9", "gpt2"]),
+        (["--encoding", "gpt2", "--vocab-size", "300"], ["gpt2", "--vocab-size 300"]),
+        (["--text", "absent.txt"], ["absent.txt", "not found"]),
+        (["--text", "latin.txt"], ["latin.txt", "UTF-8"]),
+        (["--text", "binaries"], ["binaries", "UTF-8"]),
+        (["--text", "empty.txt"], ["empty.txt", "no text"]),
+        (["--text", "small.txt"], ["2,048", "--vocab-size"]),
+        (["--text", "small.txt", "--vocab-size", "0"], ["0 ids", "257"]),
+        (["--text", "small.txt", "--vocab-size", "1000001"], ["1000001", "257"]),
+        (["--text", "spaces.txt"], ["spaces.txt", "in a row"]),
+        (["--packages", "no_such_package"], ["no_such_package", "not installed"]),
+        (["--packages", "sys"], ["sys", "no Python source"]),
+        (["--packages", "nowhere"], ["nowhere", "not installed"]),
+        (["--packages", "namespace"], ["namespace", "no Python source"]),
+        (["--packages", "os.path"], ["os.path", "top-level"]),
+        (["--sha256", "0" * 64], ["--sha256", "--url"]),
+        (["--url", ""], ["--url", "http"]),
+        (["--url", "ftp://127.0.0.1/x"], ["ftp://127.0.0.1/x", "http"]),
+        (["--url", "http://127.0.0.1:99999/x"], ["127.0.0.1:99999"]),
+        (["--url", "http://127.0.0.1/x", "--sha256", "12"], ["12", "64 hex"]),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, refused, argv, parts):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "nowhere", types.ModuleType("nowhere"))  # a module without a spec
+    monkeypatch.setitem(
+        sys.modules, "nowhere", types.ModuleType("nowhere")
+    )  # a module without a spec
     Path("latin.txt").write_bytes("Öl".encode("latin-1"))
     Path("small.txt").write_text("abc abd abe\n" * 9)
     Path("empty.txt").touch()
@@ -384,7 +514,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, refused
     assert sorted(os.listdir()) == before
 
 
-@pytest.mark.parametrize("out, part", [("holds", "already holds a corpus"), ("full", "not empty"), ("file", "cannot make"), ("file/below", "cannot make")])
+@pytest.mark.parametrize(
+    "out, part",
+    [
+        ("holds", "already holds a corpus"),
+        ("full", "not empty"),
+        ("file", "cannot make"),
+        ("file/below", "cannot make"),
+    ],
+)
 def test_out_that_cannot_be_is_refused_before_any_work(tmp_path, refused, out, part):
     for folder, file in [("holds", "meta.json"), ("full", "thesis.tex")]:
         (tmp_path / folder).mkdir()
@@ -392,18 +530,31 @@ def test_out_that_cannot_be_is_refused_before_any_work(tmp_path, refused, out, p
     (tmp_path / "file").write_text("precious")
     line = refused("--out", tmp_path / out)
     assert part in line and str(tmp_path / out) in line and "--out" in line
-    assert sorted(os.listdir(tmp_path)) == ["file", "full", "holds"] and (tmp_path / "file").read_text() == "precious"
+    assert (
+        sorted(os.listdir(tmp_path)) == ["file", "full", "holds"]
+        and (tmp_path / "file").read_text() == "precious"
+    )
 
 
 def test_as_a_process():
-    process = subprocess.run([sys.executable, "-m", "data.prepare", "--text", "absent\n.txt"], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert process.returncode == 2 and process.stdout == "" and process.stderr.startswith("error: absent .txt not found")
+    process = subprocess.run(
+        [sys.executable, "-m", "data.prepare", "--text", "absent\n.txt"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        process.returncode == 2
+        and process.stdout == ""
+        and process.stderr.startswith("error: absent .txt not found")
+    )
     assert process.stderr.count("\n") == 1
 
 
 def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr("data.prepare.sync", full)
     with pytest.raises(OSError, match="No space left on device.*--out"):
         prepare(DOCUMENTS, tmp_path / "out", 300)
@@ -421,6 +572,7 @@ def test_command_line_keeps_values_that_look_like_flags():
 
 # ---- downloads, from this machine -----------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -429,7 +581,9 @@ def server(monkeypatch):
         def do_GET(self):
             content = self.server.pages.get(self.path)
             self.send_response(404 if content is None else 200)
-            self.send_header("Content-Length", str(len(content or b"") + 9 * (self.path == "/short")))
+            self.send_header(
+                "Content-Length", str(len(content or b"") + 9 * (self.path == "/short"))
+            )
             self.end_headers()
             self.wfile.write(content or b"")
 
@@ -437,9 +591,15 @@ def server(monkeypatch):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.pages = {"/book.txt": "eine Zeile über nichts\n".encode() * 99, "/latin": b"\xd6l", "/short": b"cut"}
+        running.pages = {
+            "/book.txt": "eine Zeile über nichts\n".encode() * 99,
+            "/latin": b"\xd6l",
+            "/short": b"cut",
+        }
         running.address = f"http://127.0.0.1:{running.server_port}"
-        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         yield running
         running.shutdown()
 
@@ -453,12 +613,18 @@ def test_download(server, tmp_path, monkeypatch, capsys):
     assert "error" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("page, argv, parts", [
-    ("/book.txt", ["--sha256", "0" * 64], ["sha256", "0" * 64]),
-    ("/absent", [], ["404", "cannot download"]),
-    ("/latin", [], ["UTF-8"]),
-    ("/short", [], ["3 of 12 bytes"])])
-def test_bad_download_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch, refused, page, argv, parts):
+@pytest.mark.parametrize(
+    "page, argv, parts",
+    [
+        ("/book.txt", ["--sha256", "0" * 64], ["sha256", "0" * 64]),
+        ("/absent", [], ["404", "cannot download"]),
+        ("/latin", [], ["UTF-8"]),
+        ("/short", [], ["3 of 12 bytes"]),
+    ],
+)
+def test_bad_download_is_one_line_and_leaves_nothing(
+    server, tmp_path, monkeypatch, refused, page, argv, parts
+):
     monkeypatch.chdir(tmp_path)
     line = refused("--url", server.address + page, *argv)
     assert all(part in line for part in [*parts, server.address + page]) and os.listdir() == []
@@ -470,7 +636,9 @@ def test_refused_and_silent_servers(tmp_path, monkeypatch, refused):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
-        assert address in refused("--url", address) and os.listdir() == []  # bound, but not listening: refused
+        assert (
+            address in refused("--url", address) and os.listdir() == []
+        )  # bound, but not listening: refused
         silent.listen()
         with pytest.raises(OSError, match="timed out"):
             from_url(address, timeout=0.2)

@@ -15,8 +15,27 @@ from model import ModelConfig, Transformer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-CONFIG = dict(n_layer=4, n_head=4, n_kv_head=2, d_model=128, d_ff=336, vocab_size=512, pattern="rrrN", window=64)
-SHAPES = [(1, 1), (64, 200), (128, 128), (200, 64), (257, 1), (384, 129), (1000, 128), (1024, None), (700, None)]  # (length, window)
+CONFIG = dict(
+    n_layer=4,
+    n_head=4,
+    n_kv_head=2,
+    d_model=128,
+    d_ff=336,
+    vocab_size=512,
+    pattern="rrrN",
+    window=64,
+)
+SHAPES = [
+    (1, 1),
+    (64, 200),
+    (128, 128),
+    (200, 64),
+    (257, 1),
+    (384, 129),
+    (1000, 128),
+    (1024, None),
+    (700, None),
+]  # (length, window)
 # The largest error, relative to the largest entry. float32: 1,000 terms in another order, and exp2 for exp, about 2^-20;
 # bfloat16: inputs are the same numbers, and weights and results are rounded to 2^-9 on the way, a few times in a gradient.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -24,7 +43,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 def qkv(t, heads=(4, 2), d=32, dtype=torch.float32, seed=0):
     make = torch.Generator("cuda").manual_seed(seed)
-    return [torch.randn(2, h, t, d, generator=make, device="cuda", dtype=dtype).requires_grad_() for h in (heads[0], heads[1], heads[1])]
+    return [
+        torch.randn(2, h, t, d, generator=make, device="cuda", dtype=dtype).requires_grad_()
+        for h in (heads[0], heads[1], heads[1])
+    ]
 
 
 def assert_near(got, expected, tolerance, what=""):
@@ -39,10 +61,18 @@ def compare(backend, inputs, window):
     assert out.dtype == inputs[0].dtype
     tolerance = TOLERANCE[out.dtype]
     assert_near(out, expected, tolerance, "the output")
-    upstream = torch.randn(expected.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(out.dtype)
-    gradients = zip("qkv", torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, exact, upstream.double()))
+    upstream = torch.randn(
+        expected.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda"
+    ).to(out.dtype)
+    gradients = zip(
+        "qkv",
+        torch.autograd.grad(out, inputs, upstream),
+        torch.autograd.grad(expected, exact, upstream.double()),
+    )
     for name, got, want in gradients:
-        if name != "v" and (window == 1 or out.shape[2] == 1):  # one key has weight 1: the exact gradient is 0
+        if name != "v" and (
+            window == 1 or out.shape[2] == 1
+        ):  # one key has weight 1: the exact gradient is 0
             assert got.abs().max() < 10 * tolerance
         else:
             assert_near(got, want, tolerance, f"the gradient of {name}")
@@ -70,7 +100,15 @@ def test_flex_with_every_head_layout(heads, d):
 
 def test_flex_over_changing_lengths_and_windows():
     """One process meets many shapes: nothing goes stale between them."""
-    for t, window in ((256, 64), (512, 64), (300, 64), (300, 32), (1024, 128), (256, 64), (256, None)):
+    for t, window in (
+        (256, 64),
+        (512, 64),
+        (300, 64),
+        (300, 32),
+        (1024, 128),
+        (256, 64),
+        (256, None),
+    ):
         compare("flex", qkv(t), window)
 
 
@@ -80,10 +118,15 @@ def test_flex_counts_its_keys():
     t, window = 320, 130
     q = k = torch.zeros(1, 1, t, 64, device="cuda")
     eye = torch.eye(t, device="cuda").view(t, t // 64, 64)
-    weights = torch.cat([attend(q, k, eye[:, i][None, None].contiguous(), window, "flex") for i in range(t // 64)], -1)[0, 0]
+    weights = torch.cat(
+        [attend(q, k, eye[:, i][None, None].contiguous(), window, "flex") for i in range(t // 64)],
+        -1,
+    )[0, 0]
     rows = torch.arange(t, device="cuda")
     seen = (rows[:, None] >= rows) & (rows[:, None] - rows < window)
-    assert torch.equal(weights != 0, seen) and seen.sum(1).tolist() == [min(i + 1, window) for i in range(t)]
+    assert torch.equal(weights != 0, seen) and seen.sum(1).tolist() == [
+        min(i + 1, window) for i in range(t)
+    ]
 
 
 def test_flex_keeps_no_square():
@@ -133,7 +176,9 @@ def step(model, loss_of, tokens, targets, autocast):
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         loss = loss_of(tokens, targets)
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}  # ssmax: N layers alone use theirs
+    return loss.item(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }  # ssmax: N layers alone use theirs
 
 
 def assert_same_step(got, expected, tolerance):
@@ -143,7 +188,16 @@ def assert_same_step(got, expected, tolerance):
         assert error < tolerance, f"the gradient of {name} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("pattern,more", [("rrrN", {}), ("R", {}), ("rn", {}), ("rrrN", dict(qk_norm=True)), ("rrrN", dict(length_scale="ssmax"))])
+@pytest.mark.parametrize(
+    "pattern,more",
+    [
+        ("rrrN", {}),
+        ("R", {}),
+        ("rn", {}),
+        ("rrrN", dict(qk_norm=True)),
+        ("rrrN", dict(length_scale="ssmax")),
+    ],
+)
 def test_every_backend_trains_alike(pattern, more):
     """float32, the same sums in other orders through four layers."""
     model, tokens, targets = model_and_batch(pattern=pattern, **more)
@@ -153,7 +207,16 @@ def test_every_backend_trains_alike(pattern, more):
         assert_same_step(step(model, model.loss, tokens, targets, autocast=False), expected, 1e-3)
 
 
-@pytest.mark.parametrize("pattern,more", [("rrrN", {}), ("R", {}), ("rrrN", dict(qk_norm=True)), ("Nrrr", dict(length_scale="swan", length_base=64)), ("rN", dict(tie_embeddings=False))])
+@pytest.mark.parametrize(
+    "pattern,more",
+    [
+        ("rrrN", {}),
+        ("R", {}),
+        ("rrrN", dict(qk_norm=True)),
+        ("Nrrr", dict(length_scale="swan", length_base=64)),
+        ("rN", dict(tie_embeddings=False)),
+    ],
+)
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "flex"])
 def test_bfloat16_autocast_step(backend, pattern, more):
     """The master weights stay float32; q, k and v may come in two kinds, since LayerNorm gives float32 (qk_norm).
@@ -174,12 +237,17 @@ def test_compiled_step_equals_eager(pattern, more, autocast):
     model, tokens, targets = model_and_batch(pattern=pattern, **more)
     eager = step(model, model.loss, tokens, targets, autocast)
     compiled = step(model, torch.compile(model.loss), tokens, targets, autocast)
-    assert_same_step(compiled, eager, 0.1 if autocast else 1e-3)  # fusion rounds less often than eager bfloat16 does
+    assert_same_step(
+        compiled, eager, 0.1 if autocast else 1e-3
+    )  # fusion rounds less often than eager bfloat16 does
 
 
 def test_compiled_steps_learn():
     model, tokens, targets = model_and_batch()
-    optimizer, loss_of = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True), torch.compile(model.loss)
+    optimizer, loss_of = (
+        torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True),
+        torch.compile(model.loss),
+    )
     losses = []
     for i in range(60):
         loss, _ = step(model, loss_of, tokens, targets, autocast=True)
@@ -192,7 +260,9 @@ def test_recomputation_gives_the_same_gradients():
     model, tokens, targets = model_and_batch()
     plain = step(model, model.loss, tokens, targets, autocast=True)
     model.recompute = True
-    assert_same_step(step(model, model.loss, tokens, targets, autocast=True), plain, 1e-2)  # Flex's backward adds in any order
+    assert_same_step(
+        step(model, model.loss, tokens, targets, autocast=True), plain, 1e-2
+    )  # Flex's backward adds in any order
 
 
 def test_loss_by_chunks_equals_cross_entropy(monkeypatch):
@@ -200,7 +270,11 @@ def test_loss_by_chunks_equals_cross_entropy(monkeypatch):
     monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cuda", 100 * 512)
     monkeypatch.setattr(model_module, "LEAST_ROWS", 1)
     whole = lambda tokens, targets: F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-    assert_same_step(step(model, model.loss, tokens, targets, False), step(model, whole, tokens, targets, False), 1e-3)
+    assert_same_step(
+        step(model, model.loss, tokens, targets, False),
+        step(model, whole, tokens, targets, False),
+        1e-3,
+    )
 
 
 def test_cached_equals_uncached_on_cuda():
@@ -210,14 +284,18 @@ def test_cached_equals_uncached_on_cuda():
         expected = model(tokens)
         for sizes in (1, 63, 64, 65, 129, 300):
             cache = model.new_cache(2, 300)
-            got = torch.cat([model(chunk, cache=cache) for chunk in tokens.split(sizes, dim=1)], dim=1)
+            got = torch.cat(
+                [model(chunk, cache=cache) for chunk in tokens.split(sizes, dim=1)], dim=1
+            )
             assert_near(got, expected.double(), 1e-4, f"chunks of {sizes}")
     assert model.generate(tokens[:, :20], 10).shape == (2, 30)
 
 
 def test_a_checkpoint_from_cuda_loads_on_cpu(tmp_path):
     model, tokens, targets = model_and_batch(100)
-    step(model, torch.compile(model.loss), tokens, targets, autocast=True)  # a compiled model has no prefix in its names
+    step(
+        model, torch.compile(model.loss), tokens, targets, autocast=True
+    )  # a compiled model has no prefix in its names
     model.save_pretrained(tmp_path / "saved")
     loaded = Transformer.from_pretrained(tmp_path / "saved", device="cpu")
     assert loaded.config == model.config
@@ -238,4 +316,6 @@ def test_the_decode_step_is_a_cuda_graph():
     expected = model.generate(tokens, 60)
     model.compile_decoding()
     assert torch.equal(model.generate(tokens, 60), expected)
-    assert torch.equal(model.generate(tokens[:, :7], 30), Transformer.generate(model, tokens[:, :7], 30))
+    assert torch.equal(
+        model.generate(tokens[:, :7], 30), Transformer.generate(model, tokens[:, :7], 30)
+    )

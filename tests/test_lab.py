@@ -11,25 +11,44 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 from attention import visible_pairs
 from data.corpus import load_corpus
 from data.needles import BEGIN, CONTEXT, NEEDLE, QC, TASKS, Line, Needles, held_out
 from data.tokenizer import load_tokenizer
-from lab import cost, curves, evaluate, long_context, loss_by_position, needles, runs, table
+from lab import cost, curves, long_context, loss_by_position, needles, runs, table
 from model import ModelConfig, Transformer
 
-SIZES = {"n_layer": 4, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 16, "vocab_size": 32, "window": 8}
+SIZES = {
+    "n_layer": 4,
+    "n_head": 2,
+    "n_kv_head": 1,
+    "d_model": 16,
+    "d_ff": 16,
+    "vocab_size": 32,
+    "window": 8,
+}
 
 
 def test_cost_is_what_arithmetic_promises():
     """Cache bytes and pairs are exact; times are only there and positive (what they are is the machine's affair)."""
-    costs = {pattern: cost.measure(pattern, 64, SIZES, "cpu", repeats=1) for pattern in ("R", "RN", "rrrN")}
+    costs = {
+        pattern: cost.measure(pattern, 64, SIZES, "cpu", repeats=1)
+        for pattern in ("R", "RN", "rrrN")
+    }
     hybrid, full = costs["rrrN"], costs["R"]
     held = 64 + cost.DECODED + 1  # the cache also holds what is decoded
-    assert full.cache_bytes == 4 * held * 8 * 2 * 4 + 8 * held  # rows x head width x (k, v) x float32, and a position each
+    assert (
+        full.cache_bytes == 4 * held * 8 * 2 * 4 + 8 * held
+    )  # rows x head width x (k, v) x float32, and a position each
     assert hybrid.cache_bytes == (held + 3 * 8) * 8 * 2 * 4 + 8 * (held + 8)
-    assert hybrid.cache_promised == pytest.approx((1 + 3 * 8 / 64) / 4) and full.cache_promised == costs["RN"].cache_promised == 1
-    assert hybrid.pairs_promised == pytest.approx((visible_pairs(64) + 3 * visible_pairs(64, 8)) / (4 * visible_pairs(64)))
+    assert (
+        hybrid.cache_promised == pytest.approx((1 + 3 * 8 / 64) / 4)
+        and full.cache_promised == costs["RN"].cache_promised == 1
+    )
+    assert hybrid.pairs_promised == pytest.approx(
+        (visible_pairs(64) + 3 * visible_pairs(64, 8)) / (4 * visible_pairs(64))
+    )
     assert all(min(c.decode_ms, c.prefill_ms, c.train_ms) > 0 for c in costs.values())
     lines = cost.table(list(costs.values())).splitlines()
     assert len(lines) == 4 and f"{hybrid.cache_bytes / full.cache_bytes:.3f}" in lines[3]
@@ -45,10 +64,25 @@ def test_a_long_prompt_takes_little_memory():
 def write_run(folder, pattern, exact, seed=1):
     """A finished run's record."""
     folder.mkdir()
-    recipe = {"seed": seed, "model": {"pattern": pattern, "qk_norm": pattern == "R"}, "phase": [{"steps": 2, "lengths": {"512": 1}}]}
-    record = {"arguments": ["--pattern", pattern, "--out", "x y"], "recipe": recipe, "corpus": "c0", "python": "3", "torch": "2", "device": "cpu", "threads": 1}
+    recipe = {
+        "seed": seed,
+        "model": {"pattern": pattern, "qk_norm": pattern == "R"},
+        "phase": [{"steps": 2, "lengths": {"512": 1}}],
+    }
+    record = {
+        "arguments": ["--pattern", pattern, "--out", "x y"],
+        "recipe": recipe,
+        "corpus": "c0",
+        "python": "3",
+        "torch": "2",
+        "device": "cpu",
+        "threads": 1,
+    }
     (folder / "run.json").write_text(json.dumps(record))
-    scores = [{"length": n, "questions": 200, "exact": exact, "digits": 1.0, "error": 0.01} for n in (256, 512)]
+    scores = [
+        {"length": n, "questions": 200, "exact": exact, "digits": 1.0, "error": 0.01}
+        for n in (256, 512)
+    ]
     entries = [
         {"step": 1, "loss": 3.0, "seconds": 90.0},
         {"step": 2, "loss": 2.0, "seconds": 30.0},
@@ -61,7 +95,16 @@ def write_run(folder, pattern, exact, seed=1):
 def test_the_table_of_runs(tmp_path, capsys):
     write_run(tmp_path / "a", "rrrN", 0.95)
     write_run(tmp_path / "b", "R", 0.5)
-    table.main([str(tmp_path / "a"), str(tmp_path / "b"), "--title", "T", "--plot", str(tmp_path / "t.png")])
+    table.main(
+        [
+            str(tmp_path / "a"),
+            str(tmp_path / "b"),
+            "--title",
+            "T",
+            "--plot",
+            str(tmp_path / "t.png"),
+        ]
+    )
     text = capsys.readouterr().out
     assert text.startswith("# T\n") and "\npython train.py --pattern rrrN\n" in text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
@@ -111,7 +154,15 @@ def checkpoint(corpus_folder, tmp_path_factory):
     """An untrained model over the test corpus, saved as a checkpoint; its cache must come round and its windows bind."""
     corpus, folder = load_corpus(corpus_folder), tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
-    config = ModelConfig(n_head=2, n_kv_head=1, d_model=32, d_ff=32, vocab_size=corpus.tokenizer.n_vocab, window=16, trained_length=128)
+    config = ModelConfig(
+        n_head=2,
+        n_kv_head=1,
+        d_model=32,
+        d_ff=32,
+        vocab_size=corpus.tokenizer.n_vocab,
+        window=16,
+        trained_length=128,
+    )
     Transformer(config).save_pretrained(folder)
     corpus.tokenizer.save(folder)
     return folder
@@ -125,19 +176,34 @@ def test_tasks_hide_what_they_ask(corpus_folder, task, depth):
     for seed in range(5):
         example = maker.task(task, np.random.default_rng(seed), 1024, depth)
         text = lambda ids: corpus.tokenizer.decode_bytes(ids.tolist()).decode()
-        assert len(example.tokens) == len(example.answer) == len(example.segment) == 1024 and example.tokens[0] == corpus.tokenizer.eot_token
-        hidden, asked = (text(example.tokens[example.segment == kind]).splitlines() for kind in (NEEDLE, QC))
+        assert (
+            len(example.tokens) == len(example.answer) == len(example.segment) == 1024
+            and example.tokens[0] == corpus.tokenizer.eot_token
+        )
+        hidden, asked = (
+            text(example.tokens[example.segment == kind]).splitlines() for kind in (NEEDLE, QC)
+        )
         answers = [text(example.tokens[example.answer == i]) for i in range(len(asked))]
         assert len(asked) == len(example.wrong) == {"multi-query": 4, "multi-value": 4}.get(task, 1)
         for question, answer, wrong in zip(asked, answers, example.wrong):
             assert question.endswith(answer)
-            assert wrong.shape == (7, (example.answer == 0).sum()) and len({text(ids) for ids in wrong}) == 7
+            assert (
+                wrong.shape == (7, (example.answer == 0).sum())
+                and len({text(ids) for ids in wrong}) == 7
+            )
             assert not {text(ids) for ids in wrong} & set(answers)  # never another right answer
-            rivals = {line.split()[-1] for line in hidden if "equals" not in line} - {answer.strip() for answer in answers}
-            assert {text(ids).strip() for ids in wrong[: len(rivals)]} == rivals  # the context's other values come first
+            rivals = {line.split()[-1] for line in hidden if "equals" not in line} - {
+                answer.strip() for answer in answers
+            }
+            assert {
+                text(ids).strip() for ids in wrong[: len(rivals)]
+            } == rivals  # the context's other values come first
         if task == "aggregation":
             counts = Counter(line.split()[-1] for line in hidden)
-            assert counts.most_common(1)[0] == (answers[0].strip(), 5) and sorted(counts.values())[:-1] == [2] * 7
+            assert (
+                counts.most_common(1)[0] == (answers[0].strip(), 5)
+                and sorted(counts.values())[:-1] == [2] * 7
+            )
             continue
         assert all(held_out(answer) for answer in answers)
         facts = {}
@@ -159,9 +225,14 @@ def test_tasks_hide_what_they_ask(corpus_folder, task, depth):
             order = [hidden.index(question) for question in asked if question in hidden]
             assert order == sorted(order)  # asked in order of appearance
             assert len(facts) == {"single": 1, "variable-tracking": 12}.get(task, 8)
-        if depth is not None:  # the nearest line's end: in code a line is rarely longer than 60 tokens
+        if (
+            depth is not None
+        ):  # the nearest line's end: in code a line is rarely longer than 60 tokens
             first = next(line for line in hidden if line.endswith(answers[0]))
-            begins = (example.segment == NEEDLE) & ((np.roll(example.segment, 1) != NEEDLE) | (np.roll(example.tokens, 1) == example.tokens[-1]))
+            begins = (example.segment == NEEDLE) & (
+                (np.roll(example.segment, 1) != NEEDLE)
+                | (np.roll(example.tokens, 1) == example.tokens[-1])
+            )
             place = np.flatnonzero(begins)[hidden.index(first)]
             haystack = (example.segment == CONTEXT) | (example.segment == BEGIN)
             assert abs(haystack[:place].sum() / haystack.sum() - depth) < 60 / haystack.sum()
@@ -172,7 +243,9 @@ def test_candidates_have_the_right_number_of_tokens(corpus_folder):
     whole = load_corpus(corpus_folder)
     maker = Needles(whole.tokenizer, whole.val, evaluation=True)
     spell = lambda text: np.array([ord(letter) for letter in text])
-    maker._line = lambda stem, answer: Line(spell(stem + answer.lstrip("0")), len(stem), len(stem + answer.lstrip("0")))
+    maker._line = lambda stem, answer: Line(
+        spell(stem + answer.lstrip("0")), len(stem), len(stem + answer.lstrip("0"))
+    )
     line, short, other = (maker._line("# a_b is", value) for value in ("12345", "00045", "54321"))
     wrong = maker._wrong(np.random.default_rng(0), line, [line], [short, other], maker._value)
     assert wrong.shape == (7, 5) and wrong[0].tolist() == spell("54321").tolist()
@@ -196,30 +269,62 @@ def test_likelihood_equals_a_slow_loop(corpus_folder, checkpoint, task):
     corpus, model = load_corpus(corpus_folder), Transformer.from_pretrained(checkpoint)
     seen = set()
     for seed in range(6):
-        example = Needles(corpus.tokenizer, corpus.val, evaluation=True).task(task, np.random.default_rng(seed), 400)
+        example = Needles(corpus.tokenizer, corpus.val, evaluation=True).task(
+            task, np.random.default_rng(seed), 400
+        )
         exact, likely = [], []
         for question, wrong in enumerate(example.wrong):
             (span,) = np.nonzero(example.answer == question)
             nll = []
             for candidate in (example.tokens[span], *wrong):
-                tokens = torch.from_numpy(np.concatenate((example.tokens[: span[0]], candidate)))[None]
+                tokens = torch.from_numpy(np.concatenate((example.tokens[: span[0]], candidate)))[
+                    None
+                ]
                 with torch.no_grad():
                     logits = model(tokens)[0, span[0] - 1 : -1]
-                nll.append(torch.nn.functional.cross_entropy(logits, tokens[0, span[0] :], reduction="sum").item())
+                nll.append(
+                    torch.nn.functional.cross_entropy(
+                        logits, tokens[0, span[0] :], reduction="sum"
+                    ).item()
+                )
                 if len(nll) == 1:
                     exact.append((logits.argmax(-1) == tokens[0, span[0] :]).all().item())
             likely.append(nll[0] < min(nll[1:]))
         expected = (np.mean(exact), np.mean(likely))
         assert needles.score(model, example) == expected
         seen.add(expected)
-    assert len(seen) > 1 or task == "aggregation"  # an untrained model is sometimes right by chance: the comparison compares something
+    assert (
+        len(seen) > 1 or task == "aggregation"
+    )  # an untrained model is sometimes right by chance: the comparison compares something
 
 
 def test_needles_command(corpus_folder, checkpoint, tmp_path, capsys):
     tasks = ["single", "aggregation"]
-    needles.main([str(checkpoint), "--data", str(corpus_folder), "--task", *tasks, "--lengths", "200", "300", "--depths", "0", "1", "--examples", "2", "--out", str(tmp_path / "n")])
+    needles.main(
+        [
+            str(checkpoint),
+            "--data",
+            str(corpus_folder),
+            "--task",
+            *tasks,
+            "--lengths",
+            "200",
+            "300",
+            "--depths",
+            "0",
+            "1",
+            "--examples",
+            "2",
+            "--out",
+            str(tmp_path / "n"),
+        ]
+    )
     text = capsys.readouterr().out
-    assert f"{checkpoint}, single: exact / likelihood by the depth" in text and text.count("\n   100%") == 1 and text.count("\n    any") == 1
+    assert (
+        f"{checkpoint}, single: exact / likelihood by the depth" in text
+        and text.count("\n   100%") == 1
+        and text.count("\n    any") == 1
+    )
     rows = (tmp_path / "n.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 2 + 2 and rows[1].startswith(f"{checkpoint},single,200,0.0,2,")
     assert (tmp_path / "n.png").read_bytes()[:4] == b"\x89PNG"
@@ -246,13 +351,36 @@ def test_loss_by_position(corpus_folder, checkpoint, tmp_path, capsys):
     corpus, model = load_corpus(corpus_folder), Transformer.from_pretrained(checkpoint)
     (_, end), *_ = loss_by_position.windows(corpus.val, corpus.tokenizer.eot_token, 600, 1)
     for context in (128, 600):
-        sequence = torch.tensor([[corpus.tokenizer.eot_token, *corpus.val[end - context : end].tolist()]])
+        sequence = torch.tensor(
+            [[corpus.tokenizer.eot_token, *corpus.val[end - context : end].tolist()]]
+        )
         with torch.no_grad():
-            plain = torch.nn.functional.cross_entropy(model(sequence[:, :-1])[0, -128:], sequence[0, -128:]).item()
-        assert loss_by_position.loss(model, corpus.val, end, context, corpus.tokenizer.eot_token) == pytest.approx(plain, rel=1e-5)
-    loss_by_position.main([str(checkpoint), "--data", str(corpus_folder), "--windows", "4", "--contexts", "128", "256", "--out", str(tmp_path / "l")])
+            plain = torch.nn.functional.cross_entropy(
+                model(sequence[:, :-1])[0, -128:], sequence[0, -128:]
+            ).item()
+        assert loss_by_position.loss(
+            model, corpus.val, end, context, corpus.tokenizer.eot_token
+        ) == pytest.approx(plain, rel=1e-5)
+    loss_by_position.main(
+        [
+            str(checkpoint),
+            "--data",
+            str(corpus_folder),
+            "--windows",
+            "4",
+            "--contexts",
+            "128",
+            "256",
+            "--out",
+            str(tmp_path / "l"),
+        ]
+    )
     text = capsys.readouterr().out
-    assert "over 4 windows from" in text and len((tmp_path / "l.csv").read_text().splitlines()) == 3 and (tmp_path / "l.png").exists()
+    assert (
+        "over 4 windows from" in text
+        and len((tmp_path / "l.csv").read_text().splitlines()) == 3
+        and (tmp_path / "l.png").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -262,7 +390,11 @@ def test_loss_by_position(corpus_folder, checkpoint, tmp_path, capsys):
         (needles.main, ["CHECKPOINT", "--depths", "2"], "--depths 2"),
         (needles.main, ["CHECKPOINT", "--task", "double"], "'double'"),
         (needles.main, ["CHECKPOINT", "--lengths", "20"], "20"),
-        (needles.main, ["CHECKPOINT", "--lengths", "110", "--depths", "0.5"], "110"),  # some examples fit
+        (
+            needles.main,
+            ["CHECKPOINT", "--lengths", "110", "--depths", "0.5"],
+            "110",
+        ),  # some examples fit
         (needles.main, ["CHECKPOINT", "--lengths", "200", "--out", "/proc/x"], "/proc/x"),
         (needles.main, ["CHECKPOINT", "--examples", "0"], "--examples 0"),
         (needles.main, ["CHECKPOINT", "--data", "nowhere"], "nowhere"),
@@ -285,10 +417,18 @@ def test_errors_about_checkpoints(main, argv, word, corpus_folder, checkpoint, c
 def test_keys_depend_on_everything_that_decides_the_numbers(corpus_folder):
     corpus = load_corpus(corpus_folder)
     plain = runs.Plan("laptop")
-    others = [runs.Plan("extend-laptop"), runs.Plan("laptop", (("lr", "0.01"),)), runs.Plan("laptop", init=plain), runs.Plan("laptop", init=runs.Plan("extend-laptop"))]
+    others = [
+        runs.Plan("extend-laptop"),
+        runs.Plan("laptop", (("lr", "0.01"),)),
+        runs.Plan("laptop", init=plain),
+        runs.Plan("laptop", init=runs.Plan("extend-laptop")),
+    ]
     assert plain.key(corpus) == runs.Plan("laptop").key(corpus)
     assert len({plan.key(corpus) for plan in (plain, *others)}) == 5
-    twice = [runs.Plan("laptop", flags).key(corpus) for flags in ((("lr", "0.01"), ("stretch", "2")), (("stretch", "2"), ("lr", "0.01")))]
+    twice = [
+        runs.Plan("laptop", flags).key(corpus)
+        for flags in ((("lr", "0.01"), ("stretch", "2")), (("stretch", "2"), ("lr", "0.01")))
+    ]
     assert twice[0] == twice[1]  # the order of flags decides nothing
 
 
@@ -300,7 +440,9 @@ def test_trainings_start_and_go_on(corpus_folder, tmp_path, monkeypatch):
     base = runs.Plan("laptop", (("pattern", "R"), ("qk-norm", "")))
     folder = runs.trained(base, corpus)
     recipe = str(runs.HERE / "recipes" / "laptop.toml")
-    assert commands == [[recipe, "--out", str(folder), "--data", str(corpus_folder), "--pattern", "R", "--qk-norm"]]
+    assert commands == [
+        [recipe, "--out", str(folder), "--data", str(corpus_folder), "--pattern", "R", "--qk-norm"]
+    ]
     monkeypatch.setattr(runs, "multiplies_bfloat16", lambda: True)
     runs.trained(base, corpus)  # started anew: it had not come to a checkpoint
     assert commands.pop() == [*commands[0], "--bf16"]
@@ -318,7 +460,9 @@ def test_trainings_start_and_go_on(corpus_folder, tmp_path, monkeypatch):
     assert commands[2][-2:] == ["--init", str(folder / "last")]
 
 
-def test_records_are_made_once_and_make_a_page(corpus_folder, checkpoint, tmp_path, monkeypatch, capsys):
+def test_records_are_made_once_and_make_a_page(
+    corpus_folder, checkpoint, tmp_path, monkeypatch, capsys
+):
     corpus, folder, asked = load_corpus(corpus_folder), tmp_path / "run", []
     write_run(folder, "rrrN", 0.95)
     shutil.copytree(checkpoint, folder / "last")
@@ -330,32 +474,60 @@ def test_records_are_made_once_and_make_a_page(corpus_folder, checkpoint, tmp_pa
     made = runs.record(plan, corpus)
     assert len(list((tmp_path / "records").iterdir())) == 1
     again = runs.record(plan, corpus)
-    assert made == again and asked == [plan] and made["val_loss"] == 2.5 and len(made["needles"]) == 10
+    assert (
+        made == again and asked == [plan] and made["val_loss"] == 2.5 and len(made["needles"]) == 10
+    )
     scaled = runs.record(plan, corpus, {"length_scale": "swan"})
-    assert scaled["treatment"] == {"length_scale": "swan"} and len(list((tmp_path / "records").iterdir())) == 2 and "val_loss" not in scaled
+    assert (
+        scaled["treatment"] == {"length_scale": "swan"}
+        and len(list((tmp_path / "records").iterdir())) == 2
+        and "val_loss" not in scaled
+    )
 
-    assert runs.record(plan, corpus, what="run") == made and len(asked) == 2  # the needle record says that too
+    assert (
+        runs.record(plan, corpus, what="run") == made and len(asked) == 2
+    )  # the needle record says that too
 
-    def fake(plan, corpus, treatment=None, **_):  # rates differ at the trained length; RN learns only when trained three times as long
+    def fake(
+        plan, corpus, treatment=None, **_
+    ):  # rates differ at the trained length; RN learns only when trained three times as long
         flags = dict(plan.flags)
         exact = {"0.003": 0.5, "0.006": 0.9, "0.01": 0.7}[flags.get("lr", "0.006")]
         if flags.get("pattern") == "RN":
             exact = 0.3 * int(flags.get("stretch", 1))
         table = [score | {"exact": exact} for score in made["table"]]
-        cells = [cell | {"exact": 0.25} for cell in made["needles"]]  # what is reported decides nothing
-        return made | {"plan": str(plan), "needles": cells, "table": table, "treatment": treatment or {}}
+        cells = [
+            cell | {"exact": 0.25} for cell in made["needles"]
+        ]  # what is reported decides nothing
+        return made | {
+            "plan": str(plan),
+            "needles": cells,
+            "table": table,
+            "treatment": treatment or {},
+        }
 
     for module in (runs, long_context):
         monkeypatch.setattr(module, "record", fake)
     monkeypatch.setattr(long_context, "default_corpus", lambda: corpus)
     plan, entry = runs.best("laptop", (("pattern", "R"),), corpus)
-    assert dict(plan.flags) == {"pattern": "R"} and runs.has_learned(entry, 512)  # .006, the recipe's own
+    assert dict(plan.flags) == {"pattern": "R"} and runs.has_learned(
+        entry, 512
+    )  # .006, the recipe's own
     plan, entry = runs.best("laptop", (("pattern", "RN"),), corpus)
     assert dict(plan.flags)["stretch"] == "3"
     long_context.main(["--out", str(tmp_path / "page")])
     text = (tmp_path / "page.md").read_text()
-    assert "| R | 0.25 ± 0.00" in text and "\n| RN | " in text and "\n| N | " in text and "R, extended with YARN" in text and "## multi-key" in text and (tmp_path / "page.png").exists()
-    assert text.count("0.25 against 0.25: not shown") == 2 * len(long_context.REPORTED)  # every row that it speaks of is there
+    assert (
+        "| R | 0.25 ± 0.00" in text
+        and "\n| RN | " in text
+        and "\n| N | " in text
+        and "R, extended with YARN" in text
+        and "## multi-key" in text
+        and (tmp_path / "page.png").exists()
+    )
+    assert text.count("0.25 against 0.25: not shown") == 2 * len(
+        long_context.REPORTED
+    )  # every row that it speaks of is there
     with pytest.raises(SystemExit):
         long_context.main(["--only", "Q"])
     assert "'Q' is unknown" in capsys.readouterr().err
@@ -365,9 +537,15 @@ def test_runs_of_different_corpora_are_not_compared(checkpoint, tmp_path, monkey
     paths = []
     for name in ("a", "b"):
         paths.append(shutil.copytree(checkpoint, tmp_path / name / "last"))
-        (tmp_path / name / "run.json").write_text(json.dumps({"recipe": {"data": f"corpora/{name}"}}))
+        (tmp_path / name / "run.json").write_text(
+            json.dumps({"recipe": {"data": f"corpora/{name}"}})
+        )
     tokenizer = load_tokenizer(checkpoint)
-    monkeypatch.setattr(evaluate, "load_corpus", lambda folder: SimpleNamespace(folder=folder, hash=str(folder), tokenizer=tokenizer))
+    monkeypatch.setattr(
+        evaluate,
+        "load_corpus",
+        lambda folder: SimpleNamespace(folder=folder, hash=str(folder), tokenizer=tokenizer),
+    )
     with pytest.raises(ValueError, match="different corpora .*corpora/a, corpora/b.*--data"):
         evaluate.open_checkpoints(paths, None, torch.device("cpu"))
     models, corpus = evaluate.open_checkpoints(paths, "c", torch.device("cpu"))

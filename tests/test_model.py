@@ -22,7 +22,9 @@ PATTERNS = ["R", "N", "RN", "rrrN", "Nrrr", "rrrR", "rn", "n"]
 
 def config(pattern="rrrN", n_layer=None, window=3, **more):
     sizes = dict(n_head=4, n_kv_head=2, d_model=16, d_ff=20, vocab_size=V)
-    return ModelConfig(n_layer=n_layer or len(pattern), pattern=pattern, window=window, **(sizes | more))
+    return ModelConfig(
+        n_layer=n_layer or len(pattern), pattern=pattern, window=window, **(sizes | more)
+    )
 
 
 def tiny(*args, seed=0, dtype=torch.float64, **more):
@@ -74,10 +76,19 @@ def test_a_window_that_no_letter_uses_is_harmless():
 @pytest.mark.parametrize(
     "message,fields",
     [
-        ("pattern 'rxN' has an unknown letter 'x': use R, r, N and n", dict(pattern="rxN", n_layer=3)),
-        (r"pattern 'rrrN' \(4 letters\) does not tile 6 layers: make n_layer a multiple", dict(n_layer=6)),
+        (
+            "pattern 'rxN' has an unknown letter 'x': use R, r, N and n",
+            dict(pattern="rxN", n_layer=3),
+        ),
+        (
+            r"pattern 'rrrN' \(4 letters\) does not tile 6 layers: make n_layer a multiple",
+            dict(n_layer=6),
+        ),
         ("pattern '' .*does not tile 4 layers", dict(pattern="", n_layer=4)),
-        ("pattern 'rrrN' has a windowed .*no window: give one, such as window = 64", dict(window=None)),
+        (
+            "pattern 'rrrN' has a windowed .*no window: give one, such as window = 64",
+            dict(window=None),
+        ),
         ("window 0 is below 1", dict(window=0)),
         ("window -5 is below 1", dict(window=-5, pattern="R")),
         ("n_layer 0 is below 1", dict(n_layer=0)),
@@ -92,19 +103,40 @@ def test_a_window_that_no_letter_uses_is_harmless():
         ("length_base 1 is below 2", dict(length_base=1)),
         ("n_head 4 is not a multiple of n_kv_head 3", dict(n_kv_head=3)),
         ("n_head 4 is not a multiple of n_kv_head 8", dict(n_kv_head=8)),
-        ("d_model 18 is not a multiple of n_head 4: change one, or give head_dim", dict(d_model=18)),
+        (
+            "d_model 18 is not a multiple of n_head 4: change one, or give head_dim",
+            dict(d_model=18),
+        ),
         ("head_dim 3 is odd: rotation turns pairs", dict(head_dim=3)),
         ("head_dim 5 is odd", dict(d_model=20)),
         ("rope_theta 0.0 is not positive", dict(rope_theta=0.0)),
         ("rope_factor 0.5 is below 1: it is new length / trained length", dict(rope_factor=0.5)),
         ("norm_eps 0.0 is not positive", dict(norm_eps=0.0)),
-        ("rope_scaling 'linear' is unknown: use one of none, pi, ntk, yarn", dict(rope_scaling="linear")),
-        ("length_scale 'log' is unknown: use one of none, swan, llama4, drope, ssmax", dict(length_scale="log")),
-        ("'yarn' needs rope_original_length, the trained length", dict(rope_scaling="yarn", rope_factor=4.0)),
+        (
+            "rope_scaling 'linear' is unknown: use one of none, pi, ntk, yarn",
+            dict(rope_scaling="linear"),
+        ),
+        (
+            "length_scale 'log' is unknown: use one of none, swan, llama4, drope, ssmax",
+            dict(length_scale="log"),
+        ),
+        (
+            "'yarn' needs rope_original_length, the trained length",
+            dict(rope_scaling="yarn", rope_factor=4.0),
+        ),
     ],
 )
 def test_config_refuses(message, fields):
-    good = dict(n_layer=4, n_head=4, n_kv_head=2, d_model=16, d_ff=20, vocab_size=V, pattern="rrrN", window=3)
+    good = dict(
+        n_layer=4,
+        n_head=4,
+        n_kv_head=2,
+        d_model=16,
+        d_ff=20,
+        vocab_size=V,
+        pattern="rrrN",
+        window=3,
+    )
     ModelConfig(**good)
     with pytest.raises(ValueError, match=message):
         ModelConfig(**(good | fields))
@@ -127,7 +159,10 @@ def test_a_new_pattern_touches_no_parameter():
         assert not torch.allclose(model(tokens), first, atol=1e-3)
     model.config = replace(model.config, pattern="rrrN")
     assert torch.equal(model(tokens), first)
-    assert all((p.data_ptr(), True) == (before[name][0], torch.equal(p, before[name][1])) for name, p in model.state_dict().items())
+    assert all(
+        (p.data_ptr(), True) == (before[name][0], torch.equal(p, before[name][1]))
+        for name, p in model.state_dict().items()
+    )
 
 
 # Who reaches whom, by gradient
@@ -137,7 +172,9 @@ def reached(model, t, i, batch=1):
     """(t) bool: the tokens whose embeddings the output at position i depends on."""
     stream = []
     hidden = model.hidden(text(batch, t), layers=stream)
-    direction = torch.randn(hidden.shape[-1], dtype=hidden.dtype, generator=torch.Generator().manual_seed(2))
+    direction = torch.randn(
+        hidden.shape[-1], dtype=hidden.dtype, generator=torch.Generator().manual_seed(2)
+    )
     (grad,) = torch.autograd.grad(hidden[0, i] @ direction, stream[0])
     assert not grad[1:].any(), "rows of a batch must not mix"
     return (grad[0] != 0).any(-1).numpy()
@@ -150,7 +187,11 @@ def test_causal_by_gradient(pattern, backend):
     model.backend = backend
     for t, i in ((1, 0), (2, 0), (14, 0), (14, 5), (14, 13)):
         expected = np.zeros(t, dtype=bool)
-        first = 0 if pattern.upper() == pattern or "N" in pattern or "R" in pattern else max(0, i - 4 * (3 - 1))
+        first = (
+            0
+            if pattern.upper() == pattern or "N" in pattern or "R" in pattern
+            else max(0, i - 4 * (3 - 1))
+        )
         expected[first : i + 1] = True
         np.testing.assert_array_equal(reached(model, t, i, batch=2), expected)
 
@@ -172,15 +213,22 @@ def test_order_of_the_past():
     """NoPE alone is a bag of words: one N layer cannot tell the order of what came before. Two can, since the middle of the
     sequence has seen different prefixes; and one R layer can, which is what rotation is for."""
     tokens = text(1, 12)
-    shuffled = torch.cat((tokens[:, torch.randperm(11, generator=torch.Generator().manual_seed(3))], tokens[:, -1:]), 1)
+    shuffled = torch.cat(
+        (tokens[:, torch.randperm(11, generator=torch.Generator().manual_seed(3))], tokens[:, -1:]),
+        1,
+    )
     assert not torch.equal(tokens, shuffled)
-    gap = lambda model: (last_logits(model, tokens) - last_logits(model, shuffled)).abs().max().item()
+    gap = lambda model: (
+        (last_logits(model, tokens) - last_logits(model, shuffled)).abs().max().item()
+    )
     assert gap(tiny("N", 1)) < 1e-12  # a sum of 12 terms in another order, float64
     assert gap(tiny("N", 2)) > 1e-3
     assert gap(tiny("R", 1)) > 1e-3
 
 
-@pytest.mark.parametrize("pattern,window,t", [("N", 3, 9), ("n", 3, 9), ("Nn", 4, 5), ("n", 1, 4), ("n", 30, 9)])
+@pytest.mark.parametrize(
+    "pattern,window,t", [("N", 3, 9), ("n", 3, 9), ("Nn", 4, 5), ("n", 1, 4), ("n", 30, 9)]
+)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_nope_on_a_constant_text_is_uniform(pattern, window, t, backend):
     """Equal tokens without positions have equal scores: the weight of each visible key is 1 / (number of visible keys)."""
@@ -194,7 +242,9 @@ def test_nope_on_a_constant_text_is_uniform(pattern, window, t, backend):
             count = min(i + 1, spec.window or t)
             expected = torch.zeros(t, dtype=w.dtype)
             expected[i + 1 - count : i + 1] = 1 / count
-            torch.testing.assert_close(w[:, :, i], expected.expand(2, 4, t), rtol=0, atol=1e-14)  # float64; scores equal to a rounding
+            torch.testing.assert_close(
+                w[:, :, i], expected.expand(2, 4, t), rtol=0, atol=1e-14
+            )  # float64; scores equal to a rounding
     torch.testing.assert_close(logits, logits[:, :1].expand_as(logits), rtol=0, atol=1e-12)
 
 
@@ -210,8 +260,12 @@ def test_collecting_weights_changes_nothing(backend, cached):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert [w.shape for w, _ in weights] == [(2, 4, 20, 20)] * 4
     for (w, k_pos), spec in zip(weights, layer_plan(model.config)):
-        torch.testing.assert_close(w.sum(-1), torch.ones(2, 4, 20, dtype=w.dtype), rtol=0, atol=1e-14)
-        assert [(row > 0).sum().item() for row in w[0, 0]] == [min(i + 1, spec.window or 20) for i in range(20)]
+        torch.testing.assert_close(
+            w.sum(-1), torch.ones(2, 4, 20, dtype=w.dtype), rtol=0, atol=1e-14
+        )
+        assert [(row > 0).sum().item() for row in w[0, 0]] == [
+            min(i + 1, spec.window or 20) for i in range(20)
+        ]
 
 
 # The layer, written out
@@ -234,7 +288,9 @@ def attention_by_hand(layer, h, spec, theta, norm_first=True, scale=None):
     w = {name: p.detach().numpy() for name, p in layer.self_attn.named_parameters()}
     t, d = len(h), layer.self_attn.head_dim
     q, k, v = ((h @ w[f"{x}_proj.weight"].T).reshape(t, -1, d) for x in "qkv")
-    norm = (lambda x, name: norm_by_hand(x, w[name])) if "q_norm.weight" in w else (lambda x, name: x)
+    norm = (
+        (lambda x, name: norm_by_hand(x, w[name])) if "q_norm.weight" in w else (lambda x, name: x)
+    )
     turn = (lambda x: turn_by_hand(x, theta)) if spec.rope else (lambda x: x)
     if norm_first:
         q, k = turn(norm(q, "q_norm.weight")), turn(norm(k, "k_norm.weight"))
@@ -261,21 +317,40 @@ def model_by_hand(model, tokens, **more):
         p = f"layers.{i}."
         h = norm_by_hand(x, w[p + "input_layernorm.weight"], c.norm_eps)
         gate, up = h @ w[p + "mlp.gate_proj.weight"].T, h @ w[p + "mlp.up_proj.weight"].T
-        x = x + attention_by_hand(layer, h, spec, c.rope_theta, **more) + (gate / (1 + np.exp(-gate)) * up) @ w[p + "mlp.down_proj.weight"].T
-    return norm_by_hand(x, w["norm.weight"], c.norm_eps) @ w.get("lm_head.weight", w["embed_tokens.weight"]).T * c.logit_scale
+        x = (
+            x
+            + attention_by_hand(layer, h, spec, c.rope_theta, **more)
+            + (gate / (1 + np.exp(-gate)) * up) @ w[p + "mlp.down_proj.weight"].T
+        )
+    return (
+        norm_by_hand(x, w["norm.weight"], c.norm_eps)
+        @ w.get("lm_head.weight", w["embed_tokens.weight"]).T
+        * c.logit_scale
+    )
 
 
 @pytest.mark.parametrize("pattern", ["R", "N", "rrrN", "n"])
 @pytest.mark.parametrize(
     "more",
-    [{}, dict(qk_norm=True), dict(n_kv_head=1), dict(n_kv_head=4, head_dim=6), dict(tie_embeddings=False, logit_scale=0.25), dict(norm_eps=0.1, rope_theta=50.0)],
+    [
+        {},
+        dict(qk_norm=True),
+        dict(n_kv_head=1),
+        dict(n_kv_head=4, head_dim=6),
+        dict(tie_embeddings=False, logit_scale=0.25),
+        dict(norm_eps=0.1, rope_theta=50.0),
+    ],
     ids=lambda more: "-".join(more) or "plain",
 )
 def test_the_model_is_the_formula(pattern, more):
     model, tokens = tiny(pattern, **more), text(2, 11)
     for row in range(2):
         # float64 except for the float32 rotary table: angles below 11 are off by 11 x 2^-23 = 1.3e-6 rad, logits are about 5
-        np.testing.assert_allclose(model(tokens)[row].detach(), model_by_hand(model, tokens[row]), atol=1e-4 if "N" != pattern != "n" else 1e-11)
+        np.testing.assert_allclose(
+            model(tokens)[row].detach(),
+            model_by_hand(model, tokens[row]),
+            atol=1e-4 if "N" != pattern != "n" else 1e-11,
+        )
 
 
 def test_qk_norm_comes_before_the_rotation():
@@ -296,7 +371,9 @@ def test_length_scale_acts_on_q_of_full_nope_layers_alone(kind):
     if kind == "ssmax":
         scale = scale * model.layers[0].self_attn.s_scale.detach().numpy()[:, None]
     expected = model_by_hand(model, tokens[0], scale=scale)
-    np.testing.assert_allclose(model(tokens)[0].detach(), expected, atol=1e-5)  # the scale is float32
+    np.testing.assert_allclose(
+        model(tokens)[0].detach(), expected, atol=1e-5
+    )  # the scale is float32
     for pattern in ("R", "r", "n"):  # elsewhere the switch does nothing
         model.config = replace(model.config, pattern=pattern)
         with_scale = model(tokens)
@@ -306,7 +383,10 @@ def test_length_scale_acts_on_q_of_full_nope_layers_alone(kind):
 
 
 def test_trained_length_is_the_default_base():
-    given, kept = (tiny("N", length_scale="swan", **base) for base in (dict(length_base=9), dict(trained_length=9)))
+    given, kept = (
+        tiny("N", length_scale="swan", **base)
+        for base in (dict(length_base=9), dict(trained_length=9))
+    )
     assert torch.equal(given(text()), kept(text()))
     both = tiny("N", length_scale="swan", length_base=9, trained_length=5)
     assert torch.equal(given(text()), both(text()))
@@ -314,14 +394,19 @@ def test_trained_length_is_the_default_base():
 
 @pytest.mark.parametrize("scaling", ["pi", "ntk", "yarn"])
 def test_rope_scaling_reaches_the_layers(scaling):
-    model, tokens = tiny("R", rope_scaling=scaling, rope_factor=4.0, rope_original_length=16), text(1, 11)
+    model, tokens = (
+        tiny("R", rope_scaling=scaling, rope_factor=4.0, rope_original_length=16),
+        text(1, 11),
+    )
     frequencies, amplitude = rotary_frequencies(4, 10_000.0, scaling, 4.0, 16)
     stream, layer = [], model.layers[0]
     model.hidden(tokens, layers=stream)
     h = layer.input_layernorm(stream[0])
     table = rotary_table(torch.arange(11), frequencies, amplitude)
     q, k, v = (getattr(layer.self_attn, f"{x}_proj")(h).unflatten(-1, (-1, 4)) for x in "qkv")
-    y = attention.attend(*(x.transpose(1, 2) for x in (rotate(q, table), rotate(k, table), v)), backend="reference")
+    y = attention.attend(
+        *(x.transpose(1, 2) for x in (rotate(q, table), rotate(k, table), v)), backend="reference"
+    )
     expected = stream[0] + layer.self_attn.o_proj(y.transpose(1, 2).flatten(2)) + layer.mlp(h)
     torch.testing.assert_close(stream[1], expected, rtol=0, atol=1e-12)
 
@@ -349,7 +434,9 @@ def test_an_unknown_backend_is_refused(pattern, cached):
 
 def test_one_mask_for_each_window(monkeypatch):
     made = []
-    monkeypatch.setattr(model_module, "make_mask", lambda *a: made.append(a[1]) or attention.make_mask(*a))
+    monkeypatch.setattr(
+        model_module, "make_mask", lambda *a: made.append(a[1]) or attention.make_mask(*a)
+    )
     model = tiny("rrrN", n_layer=8)
     model.backend = "sdpa"
     model(text())
@@ -360,7 +447,9 @@ def test_hidden_collects_the_residual_stream():
     model, tokens, stream = tiny("rrrN"), text(), []
     hidden = model.hidden(tokens, layers=stream)
     assert [x.shape for x in stream] == [(2, 20, 16)] * 5
-    assert torch.equal(stream[0], model.embed_tokens(tokens)) and torch.equal(model.norm(stream[-1]), hidden)
+    assert torch.equal(stream[0], model.embed_tokens(tokens)) and torch.equal(
+        model.norm(stream[-1]), hidden
+    )
     assert torch.equal(model.unembed(hidden), model(tokens))
 
 
@@ -383,7 +472,11 @@ LOSSES = {
 
 @pytest.mark.parametrize("chunk", [None, 1, 7 * V, 10**9])
 @pytest.mark.parametrize("ignored,weighted", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("more", [{}, dict(logit_scale=0.25), dict(tie_embeddings=False, logit_scale=3.0)], ids=["tied", "scaled", "untied"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, dict(logit_scale=0.25), dict(tie_embeddings=False, logit_scale=3.0)],
+    ids=["tied", "scaled", "untied"],
+)
 def test_loss_is_cross_entropy(monkeypatch, more, ignored, weighted, chunk):
     """By chunks (of one row, of seven, all at once) and against F.cross_entropy on whole logits, gradients too."""
     if chunk:
@@ -392,15 +485,23 @@ def test_loss_is_cross_entropy(monkeypatch, more, ignored, weighted, chunk):
     model, tokens, targets = tiny("rN", **more), text(2, 9), text(2, 9, seed=5)
     if ignored:
         targets[0, :4] = targets[1, -1] = -100
-    weights = torch.rand(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(6)) if weighted else None
+    weights = (
+        torch.rand(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+        if weighted
+        else None
+    )
     loss = model.loss(tokens, targets, weights)
-    each = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none").view(2, 9)
+    each = F.cross_entropy(
+        model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
+    ).view(2, 9)
     expected = (each * weights).sum() if weighted else each.sum() / (targets != -100).sum()
     # the default weights are float32: 2^-24 of a loss of about 5
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)
     got, want = gradients(model, 3 * loss), gradients(model, 3 * expected)
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-7 if weights is None else 1e-12)
+        torch.testing.assert_close(
+            got[name], want[name], rtol=1e-6, atol=1e-7 if weights is None else 1e-12
+        )
 
 
 def test_a_target_outside_the_vocabulary_is_refused():
@@ -436,7 +537,9 @@ def test_loss_in_bfloat16():
     expected = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-2, atol=0)  # logits rounded to 2^-9
-    assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in gradients(model, loss).values())
+    assert all(
+        g.dtype == torch.bfloat16 and g.isfinite().all() for g in gradients(model, loss).values()
+    )
 
 
 @pytest.mark.parametrize("pattern", ["rrrN", "R"])
@@ -472,8 +575,19 @@ def test_overfits_one_batch():
 @pytest.mark.parametrize("tied", [True, False])
 def test_initial_standard_deviations(tied):
     torch.manual_seed(0)
-    model = Transformer(config("rrrN", d_model=64, d_ff=96, vocab_size=300, head_dim=12, tie_embeddings=tied))
-    fan_in = {"q_proj": 64, "k_proj": 64, "v_proj": 64, "o_proj": 48, "gate_proj": 64, "up_proj": 64, "down_proj": 96, "lm_head": 64}
+    model = Transformer(
+        config("rrrN", d_model=64, d_ff=96, vocab_size=300, head_dim=12, tie_embeddings=tied)
+    )
+    fan_in = {
+        "q_proj": 64,
+        "k_proj": 64,
+        "v_proj": 64,
+        "o_proj": 48,
+        "gate_proj": 64,
+        "up_proj": 64,
+        "down_proj": 96,
+        "lm_head": 64,
+    }
     for name, p in model.named_parameters():
         if "norm" in name:
             assert (p == 1).all()
@@ -490,24 +604,41 @@ def test_initial_standard_deviations(tied):
 @pytest.mark.parametrize("qk_norm,ssmax", [(False, False), (True, True)])
 def test_parameter_counts(qk_norm, ssmax):
     """c = 16, 4 heads and 2 key/value heads of width 4, d_ff = 20, 4 layers."""
-    count = lambda **more: sum(p.numel() for p in Transformer(config("rrrN", qk_norm=qk_norm, length_scale="ssmax" if ssmax else "none", **more)).parameters())
+    count = lambda **more: sum(
+        p.numel()
+        for p in Transformer(
+            config("rrrN", qk_norm=qk_norm, length_scale="ssmax" if ssmax else "none", **more)
+        ).parameters()
+    )
     layer = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 20 + 16 + (2 * 4) * qk_norm + 4 * ssmax
     assert count() == 4 * layer + 16 + V * 16
     assert count(tie_embeddings=False) == 4 * layer + 16 + 2 * V * 16
 
 
 def test_the_vocabulary_multiplies_once():
-    assert Transformer(config()).matmul_parameters() == Transformer(config(tie_embeddings=False)).matmul_parameters() == 4 * (3 * 256 + 3 * 320) + V * 16
+    assert (
+        Transformer(config()).matmul_parameters()
+        == Transformer(config(tie_embeddings=False)).matmul_parameters()
+        == 4 * (3 * 256 + 3 * 320) + V * 16
+    )
 
 
-@pytest.mark.parametrize("more", [{}, dict(tie_embeddings=False), dict(qk_norm=True, n_kv_head=1)], ids=["tied", "untied", "qk_norm"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, dict(tie_embeddings=False), dict(qk_norm=True, n_kv_head=1)],
+    ids=["tied", "untied", "qk_norm"],
+)
 def test_flops_are_counted_right(monkeypatch, more):
     """6 N a token, forward and backward, by PyTorch's own counter with attention taken out; in chunks of the loss too."""
     monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 7 * V)
     monkeypatch.setattr(model_module, "LEAST_ROWS", 1)
     model, tokens = Transformer(config("rrrN", **more)), text(2, 20)
     # a stand-in for the kernel: the right shape, no products, and a gradient for each of q, k and v
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, *_: q + v.repeat_interleave(q.shape[1] // v.shape[1], 1) * k.mean())
+    monkeypatch.setattr(
+        attention,
+        "attend",
+        lambda q, k, v, *_: q + v.repeat_interleave(q.shape[1] // v.shape[1], 1) * k.mean(),
+    )
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, tokens).backward()
     assert counter.get_total_flops() == 6 * model.matmul_parameters() * tokens.numel()
@@ -518,7 +649,9 @@ def test_evaluation_costs_a_third():
     model, tokens = Transformer(config("N", 1)), text(2, 20)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.loss(tokens, tokens)
-    products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    products = sum(
+        flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op)
+    )
     assert products == 2 * model.matmul_parameters() * tokens.numel()
 
 
@@ -526,18 +659,32 @@ def test_evaluation_costs_a_third():
 @pytest.mark.parametrize("length", [1, 3, 10])
 def test_flops_know_windows(pattern, length):
     model = Transformer(config(pattern, 4, head_dim=6))
-    pairs = sum(min(i + 1, spec.window or length) for spec in layer_plan(model.config) for i in range(length))
-    assert model.flops_per_token(length) == pytest.approx(6 * model.matmul_parameters() + 12 * 6 * 4 * pairs / length)
+    pairs = sum(
+        min(i + 1, spec.window or length)
+        for spec in layer_plan(model.config)
+        for i in range(length)
+    )
+    assert model.flops_per_token(length) == pytest.approx(
+        6 * model.matmul_parameters() + 12 * 6 * 4 * pairs / length
+    )
 
 
 def test_names_are_hugging_faces():
     names = ["embed_tokens.weight"]
     for i in range(2):
         names += [f"layers.{i}.input_layernorm.weight"]
-        names += [f"layers.{i}.self_attn.{x}_proj.weight" for x in "qkvo"] + [f"layers.{i}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
+        names += [f"layers.{i}.self_attn.{x}_proj.weight" for x in "qkvo"] + [
+            f"layers.{i}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")
+        ]
     assert sorted(Transformer(config("rN")).state_dict()) == sorted(names + ["norm.weight"])
-    untied = Transformer(config("rN", tie_embeddings=False, qk_norm=True, length_scale="ssmax")).state_dict()
-    extra = [f"layers.{i}.self_attn.{x}" for i in range(2) for x in ("q_norm.weight", "k_norm.weight", "s_scale")]
+    untied = Transformer(
+        config("rN", tie_embeddings=False, qk_norm=True, length_scale="ssmax")
+    ).state_dict()
+    extra = [
+        f"layers.{i}.self_attn.{x}"
+        for i in range(2)
+        for x in ("q_norm.weight", "k_norm.weight", "s_scale")
+    ]
     assert sorted(untied) == sorted(names + ["norm.weight", "lm_head.weight"] + extra)
 
 
@@ -569,6 +716,8 @@ def test_a_compiled_loss_at_one_length_after_another():
     loss = torch.compile(model.loss, backend="eager")
     for t in (70, 140, 300, 1100, 70):
         tokens = text(1, t)
-        compiled, eager = (gradients(model, f(tokens[:, :-1], tokens[:, 1:])) for f in (loss, model.loss))
+        compiled, eager = (
+            gradients(model, f(tokens[:, :-1], tokens[:, 1:])) for f in (loss, model.loss)
+        )
         torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-11)
     torch._dynamo.reset()

@@ -20,7 +20,15 @@ import train
 from model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    str(ROOT / "train.py"),
+]
 
 RECIPE = """
 batch_tokens = 512
@@ -43,7 +51,10 @@ lengths = { 128 = 3, 256 = 1 }
 lr = 0.002
 warmup = 2
 """
-SSMAX = RECIPE.replace("[model]", "recompute = true\n[model]\nlength_scale = 'ssmax'") + "pattern = 'rN'\n"  # scales that only some layers use, and the phases not the same
+SSMAX = (
+    RECIPE.replace("[model]", "recompute = true\n[model]\nlength_scale = 'ssmax'")
+    + "pattern = 'rN'\n"
+)  # scales that only some layers use, and the phases not the same
 
 
 @pytest.fixture
@@ -68,7 +79,9 @@ def torchrun(argv):
 def steps(folder):
     """(step, loss, gradient norm) as logged."""
     entries = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
-    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry]
+    return [
+        (entry["step"], entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry
+    ]
 
 
 def assert_same_run(folder, other):
@@ -81,7 +94,9 @@ def assert_same_run(folder, other):
 
 def test_two_processes_by_micro_batches_then_one(words):
     train.main(words(SSMAX, "--out", "one"))
-    printed = torchrun(words(SSMAX, "--out", "two", "--micro-batch", "128", "--max-steps", "8")).splitlines()
+    printed = torchrun(
+        words(SSMAX, "--out", "two", "--micro-batch", "128", "--max-steps", "8")
+    ).splitlines()
     assert len(steps("two")) == 8
     assert "2 x cpu" in printed[0]
     said = [line for line in printed if line]
@@ -96,9 +111,14 @@ def test_one_process_then_two(words):
     train.main(words(RECIPE, "--out", "two", "--max-steps", "5"))
     torchrun(["--resume", "two"])
     assert_same_run("two", "one")
-    assert {path.name for path in Path("two").iterdir()} == {path.name for path in Path("one").iterdir()}
+    assert {path.name for path in Path("two").iterdir()} == {
+        path.name for path in Path("one").iterdir()
+    }
     a, b = (Transformer.from_pretrained(Path(name, "last")).state_dict() for name in ("one", "two"))
-    for name, p in a.items():  # twelve updates of some lr each, whose directions may differ by rounding: 1e-2 of one of them
+    for (
+        name,
+        p,
+    ) in a.items():  # twelve updates of some lr each, whose directions may differ by rounding: 1e-2 of one of them
         torch.testing.assert_close(b[name], p, rtol=0, atol=6e-5, msg=name)
 
 
@@ -122,7 +142,9 @@ def test_sequences_that_do_not_divide_among_the_processes(words, monkeypatch):
 )
 def test_an_error_of_all_is_said_once(words, text, flags, said):
     """Bad input, and a loss that is not finite. torchrun adds a summary of its own, which names the processes that failed."""
-    done = subprocess.run([*TORCHRUN, *words(text, *flags)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*TORCHRUN, *words(text, *flags)], capture_output=True, text=True, timeout=120
+    )
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(errors) == 1 and errors[0].startswith(said), done.stderr
     assert "exitcode  : 2" in done.stderr and "rank      : 1" not in done.stderr
@@ -137,9 +159,27 @@ def test_an_interrupt_of_one_stops_all_after_the_same_step(words):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "train.py"), *words(RECIPE.replace("steps = 6", "steps = 100_000"), "--out", "x")]
-    place = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [subprocess.Popen(command, env=place | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in "01"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *words(RECIPE.replace("steps = 6", "steps = 100_000"), "--out", "x"),
+    ]
+    place = os.environ | {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=place | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
     deadline = time.time() + 60
     while not (Path("x/log.jsonl").exists() and len(steps("x")) > 3) and time.time() < deadline:
         time.sleep(0.1)

@@ -31,7 +31,15 @@ def single(needles, length, seed=0):
 def test_masses_are_those_of_the_full_matrices(needles, pattern):
     """Through the cache, against loops over the rows of an uncached forward; the window binds and the prompt is longer than a chunk."""
     torch.manual_seed(0)
-    config = ModelConfig(n_head=2, n_kv_head=1, d_model=32, d_ff=32, vocab_size=needles.tokenizer.n_vocab, pattern=pattern, window=24)
+    config = ModelConfig(
+        n_head=2,
+        n_kv_head=1,
+        d_model=32,
+        d_ff=32,
+        vocab_size=needles.tokenizer.n_vocab,
+        pattern=pattern,
+        window=24,
+    )
     model, example = Transformer(config).eval(), single(needles, 700)
     model.layers[0].self_attn.q_proj.weight.data *= 3  # far from even
     weights: list = []
@@ -45,12 +53,18 @@ def test_masses_are_those_of_the_full_matrices(needles, pattern):
                 row = w[0, h, i].double().tolist()
                 bits = -sum(x * math.log2(x) for x in row if x > 0)
                 slow["entropy"] += bits / len(rows)
-                slow["entropy_share"] += bits / math.log2(min(i + 1, spec.window or i + 1)) / len(rows)
-                slow["recent"] += sum(row[max(0, i - attention_mass.RECENT + 1) : i + 1]) / len(rows)
+                slow["entropy_share"] += (
+                    bits / math.log2(min(i + 1, spec.window or i + 1)) / len(rows)
+                )
+                slow["recent"] += sum(row[max(0, i - attention_mass.RECENT + 1) : i + 1]) / len(
+                    rows
+                )
                 for j, x in enumerate(row):
                     slow[SEGMENTS[example.segment[j]]] += x / len(rows)
             for key, value in slow.items():
-                assert found[key][h].item() == pytest.approx(value, abs=1e-5), key  # float32 forwards, chunked and not
+                assert found[key][h].item() == pytest.approx(value, abs=1e-5), (
+                    key
+                )  # float32 forwards, chunked and not
             assert sum(found[key][h].item() for key in SEGMENTS) == pytest.approx(1, abs=1e-6)
 
 
@@ -79,44 +93,99 @@ def test_planted_attention_gives_the_masses_that_it_must(needles):
     example = single(needles, 512)
     counts = [int((example.segment == kind).sum()) for kind in range(4)]
     first = int(np.flatnonzero(example.segment == QC)[0])
-    run = lambda plant: {key: value.tolist() for key, value in example_spent(Planted(plant, example.segment), example)[0].items()}
+    run = lambda plant: {
+        key: value.tolist()
+        for key, value in example_spent(Planted(plant, example.segment), example)[0].items()
+    }
 
-    found = run(lambda q, k, segment: ((segment == NEEDLE) & (k <= q)).double())  # all on the needle, evenly
-    assert found["needle"] == [1.0, 1.0] and found["begin"] == found["qc"] == found["recent"] == [0.0, 0.0]
+    found = run(
+        lambda q, k, segment: ((segment == NEEDLE) & (k <= q)).double()
+    )  # all on the needle, evenly
+    assert found["needle"] == [1.0, 1.0] and found["begin"] == found["qc"] == found["recent"] == [
+        0.0,
+        0.0,
+    ]
     assert found["entropy"] == pytest.approx([math.log2(counts[NEEDLE])] * 2)
-    where = np.flatnonzero(example.segment == NEEDLE)[0] / 512  # the density stands on the needle's place and nowhere else
-    assert abs(np.argmax(found["density"]) / attention_mass.BINS - where) < 0.06 and sum(x > 0 for x in found["density"]) <= 2
+    where = (
+        np.flatnonzero(example.segment == NEEDLE)[0] / 512
+    )  # the density stands on the needle's place and nowhere else
+    assert (
+        abs(np.argmax(found["density"]) / attention_mass.BINS - where) < 0.06
+        and sum(x > 0 for x in found["density"]) <= 2
+    )
 
     found = run(lambda q, k, segment: (k <= q).double())  # uniform
     seen = [first + i + 1 for i in range(counts[QC])]
     assert found["begin"][0] == pytest.approx(np.mean([10 / n for n in seen]))
     assert found["qc"][0] == pytest.approx(np.mean([(i + 1) / n for i, n in enumerate(seen)]))
-    assert found["entropy"][0] == pytest.approx(np.mean(np.log2(seen))) and found["entropy_share"] == pytest.approx([1, 1])
-    assert found["density"] == pytest.approx([1] * attention_mass.BINS, abs=0.15)  # a bin holds 12 or 13 keys
+    assert found["entropy"][0] == pytest.approx(np.mean(np.log2(seen))) and found[
+        "entropy_share"
+    ] == pytest.approx([1, 1])
+    assert found["density"] == pytest.approx(
+        [1] * attention_mass.BINS, abs=0.15
+    )  # a bin holds 12 or 13 keys
 
     found = run(lambda q, k, segment: (k == q - 1).double())  # the previous token
-    assert found["recent"] == [1.0, 1.0] and found["entropy"] == found["entropy_share"] == [0.0, 0.0]
-    assert found["qc"][0] == pytest.approx((counts[QC] - 1) / counts[QC])  # the first question token looks at the context's last
+    assert found["recent"] == [1.0, 1.0] and found["entropy"] == found["entropy_share"] == [
+        0.0,
+        0.0,
+    ]
+    assert found["qc"][0] == pytest.approx(
+        (counts[QC] - 1) / counts[QC]
+    )  # the first question token looks at the context's last
 
 
 def test_a_window_divides_by_what_it_sees():
     q_pos, k_pos = torch.tensor([9]), torch.arange(10)
     weights = visible(q_pos[:, None], k_pos[None, :], 4).double()[None] / 4
     found = spent(weights, q_pos, k_pos, torch.zeros(10, dtype=torch.int8), 4)
-    assert found["entropy"].item() == pytest.approx(2) and found["entropy_share"].item() == pytest.approx(1)
+    assert found["entropy"].item() == pytest.approx(2) and found[
+        "entropy_share"
+    ].item() == pytest.approx(1)
 
 
 def test_the_command_writes_what_it_prints(corpus_folder, tmp_path, capsys, needles):
     torch.manual_seed(0)
-    config = ModelConfig(n_head=2, n_kv_head=1, d_model=32, d_ff=32, vocab_size=needles.tokenizer.n_vocab, window=16, trained_length=128)
+    config = ModelConfig(
+        n_head=2,
+        n_kv_head=1,
+        d_model=32,
+        d_ff=32,
+        vocab_size=needles.tokenizer.n_vocab,
+        window=16,
+        trained_length=128,
+    )
     Transformer(config).save_pretrained(tmp_path / "c")
     needles.tokenizer.save(tmp_path / "c")
-    attention_mass.main([str(tmp_path / "c"), "--data", str(corpus_folder), "--lengths", "128", "256", "--examples", "2", "--out", str(tmp_path / "m")])
+    attention_mass.main(
+        [
+            str(tmp_path / "c"),
+            "--data",
+            str(corpus_folder),
+            "--lengths",
+            "128",
+            "256",
+            "--examples",
+            "2",
+            "--out",
+            str(tmp_path / "m"),
+        ]
+    )
     out = capsys.readouterr().out
-    assert len(re.findall(r"^\S+ +(?:128|256)  (?:all|RoPE|NoPE)", out, re.M)) == 6 and "needle  layer" in out
-    assert len((tmp_path / "m.csv").read_text().splitlines()) == 7 and len((tmp_path / "m-heads.csv").read_text().splitlines()) == 1 + 2 * 4 * 2
+    assert (
+        len(re.findall(r"^\S+ +(?:128|256)  (?:all|RoPE|NoPE)", out, re.M)) == 6
+        and "needle  layer" in out
+    )
+    assert (
+        len((tmp_path / "m.csv").read_text().splitlines()) == 7
+        and len((tmp_path / "m-heads.csv").read_text().splitlines()) == 1 + 2 * 4 * 2
+    )
     assert (tmp_path / "m.png").read_bytes()[:4] == b"\x89PNG"
-    for argv, word in ((["--examples", "0"], "--examples 0"), (["--lengths", "8"], "too short"), (["--out", "/proc/none/x"], "/proc/none")):
+    for argv, word in (
+        (["--examples", "0"], "--examples 0"),
+        (["--lengths", "8"], "too short"),
+        (["--out", "/proc/none/x"], "/proc/none"),
+    ):
         with pytest.raises(SystemExit) as stop:
             attention_mass.main([str(tmp_path / "c"), "--data", str(corpus_folder), *argv])
         error = capsys.readouterr().err.splitlines()
@@ -137,7 +206,11 @@ def test_the_command_writes_what_it_prints(corpus_folder, tmp_path, capsys, need
         ([0.0, 0.0, 0.0], {}, "not decided"),
         ([0.5, 0.5, 0.5], {}, "reproduced"),
         ([0.5], {}, "not decided: one seed"),
-        ([0.3, 0.2, 0.25], {"R": [True, True, True], "N": [True, False, True]}, "not decided: N had not learned"),
+        (
+            [0.3, 0.2, 0.25],
+            {"R": [True, True, True], "N": [True, False, True]},
+            "not decided: N had not learned",
+        ),
         ([-0.3, -0.2, -0.25], {"R": [True, True, True]}, "reversed"),
     ],
 )
@@ -147,33 +220,61 @@ def test_the_rule(differences, learned, word):
 
 def test_margins_and_summaries():
     losses = ("A", [2.01, 2.0, 2.015]), ("B", [2.0, 2.0, 2.0])
-    assert verdict(reproduce.below("", *losses)) == "not decided" and verdict(reproduce.below("", *losses, margin=0.02)) == "reproduced"
+    assert (
+        verdict(reproduce.below("", *losses)) == "not decided"
+        and verdict(reproduce.below("", *losses, margin=0.02)) == "reproduced"
+    )
     assert verdict(reproduce.above("", ("A", [0.9, 0.95]), ("B", [0.5, 0.5]))) == "reproduced"
     assert summary(["reproduced"] * 2) == "reproduced"
-    assert summary(["reproduced", "not decided: R had not learned"]) == "1 of 2 reproduced, 1 of 2 not decided"
+    assert (
+        summary(["reproduced", "not decided: R had not learned"])
+        == "1 of 2 reproduced, 1 of 2 not decided"
+    )
 
 
 def made_up(plan, corpus, treatment, what, trained_at):
     """A record of numbers that depend on the run alone: N learns only in three times the steps, RoPE alone forgets with the length."""
     flags, deep = dict(plan.flags), plan.init is not None
     pattern = dict(plan.init.flags if deep else plan.flags)["pattern"]
-    learned = 0.9 if pattern != "N" or "3" in (flags.get("stretch"), dict(plan.init.flags if deep else ()).get("stretch")) else 0.1
+    learned = (
+        0.9
+        if pattern != "N"
+        or "3" in (flags.get("stretch"), dict(plan.init.flags if deep else ()).get("stretch"))
+        else 0.1
+    )
     level = {"RN": 0.6, "N": 0.4}.get(pattern, 0.9) if deep else learned
     return {
         "plan": str(plan),
         "treatment": treatment,
         "val_loss": {"R": 4.0, "N": 4.1}.get(pattern, 3.9) + 0.001 * int(flags.get("seed", 1)),
         "table": [{"length": trained_at, "exact": learned}],
-        "needles": [{"task": task, "length": trained_at * n, "exact": 0.0 if treatment else level / n ** (pattern == "R")} for task in runs.TASKS for n in runs.TIMES],
+        "needles": [
+            {
+                "task": task,
+                "length": trained_at * n,
+                "exact": 0.0 if treatment else level / n ** (pattern == "R"),
+            }
+            for task in runs.TASKS
+            for n in runs.TIMES
+        ],
         "masses": [
-            {"length": trained_at * n, "layers": layers, "needle": level / 10, "begin": 0.3, "qc": 0.2, "entropy_share": 0.45}
+            {
+                "length": trained_at * n,
+                "layers": layers,
+                "needle": level / 10,
+                "begin": 0.3,
+                "qc": 0.2,
+                "entropy_share": 0.45,
+            }
             for n in runs.MASS_TIMES
             for layers in ("all", "RoPE", "NoPE")
         ],
     }
 
 
-def test_an_interrupted_reproduction_continues_to_the_same_report(corpus_folder, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_reproduction_continues_to_the_same_report(
+    corpus_folder, tmp_path, monkeypatch, capsys
+):
     corpus, made = load_corpus(corpus_folder), []
 
     def once(stop_after):
@@ -186,12 +287,23 @@ def test_an_interrupted_reproduction_continues_to_the_same_report(corpus_folder,
         monkeypatch.setattr(runs, "_measured", measured)
 
     monkeypatch.setattr(reproduce, "default_corpus", lambda: corpus)
-    monkeypatch.setattr(reproduce, "costs", lambda repeat: {"cache": 0.26, "cache_promised": 0.256, "step": 0.5 + 0.01 * repeat, "flops": 0.45})
+    monkeypatch.setattr(
+        reproduce,
+        "costs",
+        lambda repeat: {
+            "cache": 0.26,
+            "cache_promised": 0.256,
+            "step": 0.5 + 0.01 * repeat,
+            "flops": 0.45,
+        },
+    )
     texts = []
     for folder, stops in (("whole", [None]), ("cut", [20, 45, None])):
         made.clear()
         for name in ("RESULTS", "RECORDS", "WORK"):
-            monkeypatch.setattr(reproduce if name == "RESULTS" else runs, name, tmp_path / folder / name)
+            monkeypatch.setattr(
+                reproduce if name == "RESULTS" else runs, name, tmp_path / folder / name
+            )
         for stop in stops:
             once(stop)
             if stop is None:
@@ -204,25 +316,53 @@ def test_an_interrupted_reproduction_continues_to_the_same_report(corpus_folder,
         texts.append((tmp_path / folder / "RESULTS" / "reproduce-laptop" / "report.md").read_text())
         assert (tmp_path / folder / "RESULTS" / "reproduce-laptop" / "retrieval.png").exists()
     assert texts[0] == texts[1]
-    rows = {int(n): text for n, text in re.findall(r"^\| (\d+) \| .* \| \*\*(.*)\*\* \|$", texts[0], re.M)}
+    rows = {
+        int(n): text
+        for n, text in re.findall(r"^\| (\d+) \| .* \| \*\*(.*)\*\* \|$", texts[0], re.M)
+    }
     assert set(rows) == set(CLAIMS)
-    assert [rows[n] for n in (1, 4, 6, 8, 11, 12, 13)] == ["reproduced", "reversed", "not decided", "reproduced", "reproduced", "reproduced", "reproduced"]
-    assert rows[2] == "2 of 6 reproduced, 2 of 6 reversed, 2 of 6 not decided"  # as made up, QK-Norm finds what R finds, and N less
-    assert all(f"| {name} | " in texts[0] for name in VARIANTS) and "| 3 3 3 |" in texts[0]  # N took three times the steps in every seed
+    assert [rows[n] for n in (1, 4, 6, 8, 11, 12, 13)] == [
+        "reproduced",
+        "reversed",
+        "not decided",
+        "reproduced",
+        "reproduced",
+        "reproduced",
+        "reproduced",
+    ]
+    assert (
+        rows[2] == "2 of 6 reproduced, 2 of 6 reversed, 2 of 6 not decided"
+    )  # as made up, QK-Norm finds what R finds, and N less
+    assert (
+        all(f"| {name} | " in texts[0] for name in VARIANTS) and "| 3 3 3 |" in texts[0]
+    )  # N took three times the steps in every seed
 
 
 def test_only_some_claims(corpus_folder, tmp_path, monkeypatch, capsys):
     """The report of a few has a name of its own, and nothing is trained that they do not need."""
     corpus, plans = load_corpus(corpus_folder), set()
-    monkeypatch.setattr(runs, "_measured", lambda plan, *more: plans.add(str(plan)) or made_up(plan, *more))
+    monkeypatch.setattr(
+        runs, "_measured", lambda plan, *more: plans.add(str(plan)) or made_up(plan, *more)
+    )
     monkeypatch.setattr(reproduce, "default_corpus", lambda: corpus)
     for name in ("RESULTS", "RECORDS", "WORK"):
         monkeypatch.setattr(reproduce if name == "RESULTS" else runs, name, tmp_path / name)
     reproduce.main(["--only", "8", "--seeds", "1"])
     text = (tmp_path / "RESULTS" / "reproduce-laptop" / "report-8.md").read_text()
-    assert "not decided: one seed" in text and "--only 8" in text and not (tmp_path / "RESULTS" / "reproduce-laptop" / "report.md").exists()
-    assert plans and not any("qk-norm" in plan or "--pattern N" in plan or "--seed" in plan for plan in plans)
-    for argv, word in ((["--only", "14"], "--only 14"), (["--seeds", "0"], "--seeds 0"), (["--scale", "huge"], "'huge'"), (["--rates", "2"], "--rates 2")):
+    assert (
+        "not decided: one seed" in text
+        and "--only 8" in text
+        and not (tmp_path / "RESULTS" / "reproduce-laptop" / "report.md").exists()
+    )
+    assert plans and not any(
+        "qk-norm" in plan or "--pattern N" in plan or "--seed" in plan for plan in plans
+    )
+    for argv, word in (
+        (["--only", "14"], "--only 14"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--scale", "huge"], "'huge'"),
+        (["--rates", "2"], "--rates 2"),
+    ):
         with pytest.raises(SystemExit) as stop:
             reproduce.main(argv)
         error = capsys.readouterr().err.splitlines()

@@ -16,16 +16,30 @@ from lab import speed
 from lab.gpt2 import GPT2
 from model import ModelConfig, Transformer
 
-transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
+transformers = pytest.importorskip(
+    "transformers", reason="the oracle; pip install -r requirements-dev.txt"
+)
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
-TINY = {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 32, "d_ff": 48, "vocab_size": 96, "window": 8}
+TINY = {
+    "n_layer": 4,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "d_model": 32,
+    "d_ff": 48,
+    "vocab_size": 96,
+    "window": 8,
+}
 SETUP = speed.Setup("cpu", compiled=False, threads=1, repeats=1, new_tokens=4)
 
 
 def rows(text):
     """The cells of all Markdown tables' rows, by the first."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     return {row[0]: row[1:] for row in cells if row[0] not in ("", "---", "window", "part")}
 
 
@@ -43,23 +57,44 @@ def test_gpt2_is_transformers_gpt2():
     """The same weights, with the biases that nanoGPT leaves out at zero and its exact GELU: the same logits to rounding."""
     torch.manual_seed(0)
     ours = GPT2(n_layer=2, n_head=4, d_model=32, vocab_size=96, length=24)
-    config = transformers.GPT2Config(vocab_size=96, n_positions=24, n_embd=32, n_layer=2, n_head=4, activation_function="gelu", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = transformers.GPT2Config(
+        vocab_size=96,
+        n_positions=24,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        activation_function="gelu",
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    )
     theirs = transformers.GPT2LMHeadModel(config).eval()
-    names = {"ln_1": "ln_1", "ln_2": "ln_2", "c_attn": "attn.c_attn", "attn_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_proj": "mlp.c_proj"}
+    names = {
+        "ln_1": "ln_1",
+        "ln_2": "ln_2",
+        "c_attn": "attn.c_attn",
+        "attn_proj": "attn.c_proj",
+        "c_fc": "mlp.c_fc",
+        "mlp_proj": "mlp.c_proj",
+    }
     for p in ours.parameters():  # larger than at the start, so that each part matters
         p.data.add_(0.2 * torch.randn_like(p))
     state = {name: torch.zeros_like(p) for name, p in theirs.state_dict().items()}
     for name, p in ours.state_dict().items():
         layer = re.fullmatch(r"layers\.(\d)\.(\w+)\.weight", name)
         if layer:
-            state[f"transformer.h.{layer[1]}.{names[layer[2]]}.weight"] = p.t() if p.ndim == 2 else p  # Conv1D is transposed
+            state[f"transformer.h.{layer[1]}.{names[layer[2]]}.weight"] = (
+                p.t() if p.ndim == 2 else p
+            )  # Conv1D is transposed
         else:
             state[f"transformer.{name}"] = p
     state["lm_head.weight"] = state["transformer.wte.weight"]
     theirs.load_state_dict(state)
     tokens = torch.randint(96, (2, 24))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)  # float32 sums of 32 to 128 terms
+        torch.testing.assert_close(
+            ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4
+        )  # float32 sums of 32 to 128 terms
 
 
 def test_the_shapes_compared_are_as_large_as_they_say():
@@ -81,7 +116,9 @@ def test_gpt2_flops_are_counted_right(monkeypatch):
     assert counter.get_total_flops() == 6 * model.matmul_parameters() * 24
     visible, everything = job.flops()
     assert everything - 6 * model.matmul_parameters() == 12 * 2 * 32 * 24
-    assert visible - 6 * model.matmul_parameters() == pytest.approx(12 * 2 * 32 * 25 / 2)  # on average half of the keys and one half
+    assert visible - 6 * model.matmul_parameters() == pytest.approx(
+        12 * 2 * 32 * 25 / 2
+    )  # on average half of the keys and one half
 
 
 # Losses
@@ -115,7 +152,10 @@ def test_a_loss_goes_by_chunks_by_itself(monkeypatch):
 
     assert max(model_module.LOGITS_AT_ONCE.values()) <= 2**26
     monkeypatch.setattr(model_module, "LEAST_ROWS", 16)
-    model, tokens = Transformer(ModelConfig(**TINY | {"vocab_size": 2**14})), torch.randint(96, (2, 64))
+    model, tokens = (
+        Transformer(ModelConfig(**TINY | {"vocab_size": 2**14})),
+        torch.randint(96, (2, 64)),
+    )
     for limit, calls in ((2**20, 2), (2**21, 1), (2**10, 8)):
         monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", limit)
         with Largest() as largest:
@@ -131,21 +171,37 @@ def test_training_table():
     assert text.startswith("2 x 24 tokens a step")
     found = rows(text)
     assert list(found) == ["ours", "Cohere2, SDPA, eager"]
-    assert all(row[2] == "1.00" and row[6] == "7" for row in found.values()) and found["Cohere2, SDPA, eager"][1] == "1.00"
+    assert (
+        all(row[2] == "1.00" and row[6] == "7" for row in found.values())
+        and found["Cohere2, SDPA, eager"][1] == "1.00"
+    )
 
 
 def test_medians_by_turns():
     order, clock = [], iter(range(100))
-    assert speed.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b") or next(clock)}, 3, lambda: next(clock)) == {"a": 1, "b": 2}
+    assert speed.alternate(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b") or next(clock)},
+        3,
+        lambda: next(clock),
+    ) == {"a": 1, "b": 2}
     assert order == ["a", "b"] * 3
 
 
 def test_memory_table(monkeypatch):
     """The four losses agree, and the switches are what they are called."""
     built = []
-    monkeypatch.setattr(speed, "training_step", lambda job, setup, make=speed.training_step: built.append(job) or make(job, setup))
+    monkeypatch.setattr(
+        speed,
+        "training_step",
+        lambda job, setup, make=speed.training_step: built.append(job) or make(job, setup),
+    )
     found = rows(speed.memory_section(SETUP, TINY, 2, 24))
-    assert [(job.whole, job.recompute) for job in built] == [(False, True), (False, False), (True, True), (True, False)]
+    assert [(job.whole, job.recompute) for job in built] == [
+        (False, True),
+        (False, False),
+        (True, True),
+        (True, False),
+    ]
     assert list(found) == [job.name for job in built]
     model, loss = built[2].build("cpu")
     assert model.recompute and loss != model.loss
@@ -155,11 +211,15 @@ def test_memory_of_a_step():
     """A step whose whole logits take 64 MiB and more is seen to take it; one by chunks takes less."""
     job = lambda whole: speed.Job("", "ours", TINY | {"vocab_size": 2**15}, 1, 512, whole=whole)
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        by_chunks, at_once = (pool.apply(speed.step_memory, (job(whole), SETUP)) for whole in (False, True))
+        by_chunks, at_once = (
+            pool.apply(speed.step_memory, (job(whole), SETUP)) for whole in (False, True)
+        )
     assert at_once > 2**27 and by_chunks < 0.9 * at_once
 
 
-@pytest.mark.parametrize("section", ["forward", "decode", "gpt2", "contexts", "long-decode", "kernels", "long"])
+@pytest.mark.parametrize(
+    "section", ["forward", "decode", "gpt2", "contexts", "long-decode", "kernels", "long"]
+)
 def test_sections(section):
     peer = {"n_layer": 2, "n_head": 2, "d_model": 32, "vocab_size": 96}
     arguments = {
@@ -178,7 +238,10 @@ def test_contexts_have_as_many_tokens_and_their_flops(monkeypatch):
     seen = []
     monkeypatch.setattr(speed, "training", lambda jobs, *_: seen.append(jobs) or "")
     speed.contexts_section(SETUP, TINY, (16, 64), (4, 8))
-    assert [[(job.shape["pattern"], job.batch * job.length, job.recompute) for job in jobs] for jobs in seen] == [[("rrrN", 64, True)] * 2 + [("R", 64, True)]] * 2
+    assert [
+        [(job.shape["pattern"], job.batch * job.length, job.recompute) for job in jobs]
+        for jobs in seen
+    ] == [[("rrrN", 64, True)] * 2 + [("R", 64, True)]] * 2
     assert seen[1][0].flops()[0] < seen[1][1].flops()[0] < seen[1][2].flops()[0]
 
 
@@ -192,21 +255,48 @@ def test_varlen_means_our_window(monkeypatch):
         for start, end in zip(ends_q[:-1], ends_q[1:]):
             t = torch.arange(end - start)
             seen = (t[:, None] >= t) & (t[:, None] - t <= window_size[0])
-            out.append(F.scaled_dot_product_attention(*(x[start:end].transpose(0, 1) for x in (q, k, v)), attn_mask=seen).transpose(0, 1))
+            out.append(
+                F.scaled_dot_product_attention(
+                    *(x[start:end].transpose(0, 1) for x in (q, k, v)), attn_mask=seen
+                ).transpose(0, 1)
+            )
         return torch.cat(out)
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     q, k, v = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
     for window in (1, 5, 20):
-        torch.testing.assert_close(speed.varlen(q, k, v, window), attend(q, k, v, window, "reference"))
+        torch.testing.assert_close(
+            speed.varlen(q, k, v, window), attend(q, k, v, window, "reference")
+        )
 
 
 def test_where_the_time_goes(corpus_folder):
-    argv = ("--data", str(corpus_folder), "--eval-questions", "4", "--eval-tokens", "512", "--batch-tokens", "1024")
+    argv = (
+        "--data",
+        str(corpus_folder),
+        "--eval-questions",
+        "4",
+        "--eval-tokens",
+        "512",
+        "--batch-tokens",
+        "1024",
+    )
     found = rows(speed.job_section(SETUP, argv))
-    assert {"forward", "backward", "Muon", "AdamW", "clipping", "evaluation: loss", "evaluation: needles", "the final needle table", "all"} < set(found)
+    assert {
+        "forward",
+        "backward",
+        "Muon",
+        "AdamW",
+        "clipping",
+        "evaluation: loss",
+        "evaluation: needles",
+        "the final needle table",
+        "all",
+    } < set(found)
     parts = [float(row[0].replace(",", "")) for name, row in found.items() if name != "all"]
-    assert sum(parts) == pytest.approx(float(found["all"][0].replace(",", "")), abs=0.06 * len(parts))
+    assert sum(parts) == pytest.approx(
+        float(found["all"][0].replace(",", "")), abs=0.06 * len(parts)
+    )
 
 
 # The check, and the command
@@ -216,11 +306,17 @@ def test_peers_that_disagree_are_not_timed(monkeypatch, capsys):
     """A window that is one key off changes the loss in the fourth digit or so: it must be seen."""
     monkeypatch.setattr(speed, "alternate", lambda *_: pytest.fail("it timed them"))
     real = attention.visible
-    monkeypatch.setattr(attention, "visible", lambda q, k, window=None: real(q, k, window and window + 1))
+    monkeypatch.setattr(
+        attention, "visible", lambda q, k, window=None: real(q, k, window and window + 1)
+    )
     for section in (speed.train_section, speed.forward_section):
         with pytest.raises(ArithmeticError, match="do not say the same.*mean nothing"):
             section(SETUP, TINY, 2, 24)
-    monkeypatch.setitem(speed.SECTIONS, "train", ("Training step", lambda setup: speed.train_section(setup, TINY, 2, 24)))
+    monkeypatch.setitem(
+        speed.SECTIONS,
+        "train",
+        ("Training step", lambda setup: speed.train_section(setup, TINY, 2, 24)),
+    )
     with pytest.raises(SystemExit) as stop:
         speed.main(["train", "--device", "cpu"])
     error = capsys.readouterr().err.splitlines()
@@ -230,7 +326,9 @@ def test_peers_that_disagree_are_not_timed(monkeypatch, capsys):
 def test_tokens_that_differ_are_not_timed(monkeypatch):
     monkeypatch.setattr(speed, "alternate", lambda *_: pytest.fail("it timed them"))
     real = Transformer.generate
-    monkeypatch.setattr(Transformer, "generate", lambda self, tokens, new: (real(self, tokens, new) + 1) % 96)
+    monkeypatch.setattr(
+        Transformer, "generate", lambda self, tokens, new: (real(self, tokens, new) + 1) % 96
+    )
     with pytest.raises(ArithmeticError):
         speed.decode_section(SETUP, TINY, 12)
 
@@ -243,14 +341,41 @@ def test_nan_agrees_with_nothing():
 def test_the_file_keeps_its_other_sections(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(speed, "machine", lambda setup: "AMD EPYC (TM) 9")
     for text in ("first", "second"):
-        monkeypatch.setattr(speed, "SECTIONS", {"kernels": ("Kernels", lambda setup: text), "job": ("Job", lambda setup: f"job\n{text}")})
-        speed.main([*(["kernels", "job"] if text == "first" else ["kernels"]), "--device", "cpu", "--out", str(tmp_path)])
+        monkeypatch.setattr(
+            speed,
+            "SECTIONS",
+            {
+                "kernels": ("Kernels", lambda setup: text),
+                "job": ("Job", lambda setup: f"job\n{text}"),
+            },
+        )
+        speed.main(
+            [
+                *(["kernels", "job"] if text == "first" else ["kernels"]),
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path),
+            ]
+        )
     written = (tmp_path / "speed-amd-epyc-tm-9.md").read_text()
     assert written.startswith("# Speed on AMD EPYC (TM) 9\n") and written.count("\n## ") == 2
-    assert "second\n" in written and "job\nfirst\n" in written and "`python -m lab.speed kernels --device cpu --out" in written
+    assert (
+        "second\n" in written
+        and "job\nfirst\n" in written
+        and "`python -m lab.speed kernels --device cpu --out" in written
+    )
 
 
-@pytest.mark.parametrize("argv,word", [(["nonsense"], "'nonsense'"), (["--repeats", "0"], "--repeats 0"), (["--out", "/proc/none"], "/proc/none"), (["--treads", "1"], "--threads")])
+@pytest.mark.parametrize(
+    "argv,word",
+    [
+        (["nonsense"], "'nonsense'"),
+        (["--repeats", "0"], "--repeats 0"),
+        (["--out", "/proc/none"], "/proc/none"),
+        (["--treads", "1"], "--threads"),
+    ],
+)
 def test_errors_are_one_line(argv, word, capsys):
     with pytest.raises(SystemExit) as stop:
         speed.main(argv)

@@ -24,7 +24,7 @@ from data.batches import prefetch, training_batch, validation_windows
 from data.corpus import load_corpus
 from data.needles import BEGIN, CONTEXT, DIGITS, NEEDLE, QC, Needles, held_out
 from data.prepare import prepare
-from lab.evaluate import needle_score, validation_loss
+from evaluate import needle_score, validation_loss
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,13 @@ def run(tiny, corpus_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def go(*argv, recipe=tiny):
-        train.main([*([str(recipe)] if recipe else []), *argv, *([] if "--resume" in argv else ["--data", str(corpus_folder)])])
+        train.main(
+            [
+                *([str(recipe)] if recipe else []),
+                *argv,
+                *([] if "--resume" in argv else ["--data", str(corpus_folder)]),
+            ]
+        )
 
     return go
 
@@ -96,14 +102,20 @@ def weights(folder):
 # Exactness
 
 
-@pytest.mark.parametrize("stop", [3, 6, 8])  # inside the first phase, at the boundary, inside the second
+@pytest.mark.parametrize(
+    "stop", [3, 6, 8]
+)  # inside the first phase, at the boundary, inside the second
 def test_stopping_and_resuming_changes_no_bit(run, tmp_path, stop):
     run("--out", "whole")
     run("--out", "parts", "--max-steps", str(stop))
     assert weights(tmp_path / "whole") != weights(tmp_path / "parts")
     run("--resume", "parts", recipe=None)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines() if "loss" in json.loads(line)]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+        if "loss" in json.loads(line)
+    ]
     assert steps == list(range(1, 13))
 
 
@@ -134,7 +146,14 @@ def test_micro_batches_add_up_to_the_batch(run, tmp_path, corpus_folder, tiny):
     # and through the command, in float32: twelve steps of updates of size lr, whose rounding differs
     run("--out", "one")
     run("--out", "two", "--micro-batch", "256")
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines() if '"loss"' in line] for name in ("one", "two")]
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+            if '"loss"' in line
+        ]
+        for name in ("one", "two")
+    ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
 
 
@@ -144,11 +163,17 @@ def test_a_batch_is_a_function_of_seed_and_step(corpus_folder):
     make = lambda seed, step: training_batch(corpus, needles, seed, step, 128, 1024, 0.5)
     a, b = make(1, 7), make(1, 7)
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.weights, b.weights)
-    assert not torch.equal(a.tokens, make(1, 8).tokens) and not torch.equal(a.tokens, make(2, 7).tokens)
+    assert not torch.equal(a.tokens, make(1, 8).tokens) and not torch.equal(
+        a.tokens, make(2, 7).tokens
+    )
     assert (a.tokens[:, 0] == corpus.tokenizer.eot_token).all()
     assert torch.equal(a.tokens[:, 1:], a.targets[:, :-1])
-    assert a.weights.sum().item() == pytest.approx(1.5, abs=1e-5)  # 1 for all tokens, 0.5 for the answers
-    assert [batch.tokens[0, 5].item() for batch in prefetch(lambda step: make(1, step), range(3))] == [make(1, s).tokens[0, 5].item() for s in range(3)]
+    assert a.weights.sum().item() == pytest.approx(
+        1.5, abs=1e-5
+    )  # 1 for all tokens, 0.5 for the answers
+    assert [
+        batch.tokens[0, 5].item() for batch in prefetch(lambda step: make(1, step), range(3))
+    ] == [make(1, s).tokens[0, 5].item() for s in range(3)]
 
 
 def test_muon_is_torchs_muon():
@@ -159,7 +184,9 @@ def test_muon_is_torchs_muon():
     theirs.data.copy_(ours)
     start = ours.detach().clone()
     a = train.Muon([ours], lr=0.01, weight_decay=0.1)
-    b = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    b = torch.optim.Muon(
+        [theirs], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
     for i in range(5):
         ours.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(i))
         theirs.grad = ours.grad.clone()
@@ -175,20 +202,43 @@ def test_overfitting_one_batch_with_the_real_optimizers(run, tmp_path, corpus_fo
     one = training_batch(load_corpus(corpus_folder), None, 1, 0, 128, 512, 0.0)
     monkeypatch.setattr(train, "batch_of", lambda run, stages, step: one)
     path = tmp_path / "one.toml"
-    path.write_text(TINY.split("[[phase]]")[0].replace("needle_share = 0.5", "lr = 0.01") + "[[phase]]\nsteps = 120\nlengths = { 128 = 1 }\n")
+    path.write_text(
+        TINY.split("[[phase]]")[0].replace("needle_share = 0.5", "lr = 0.01")
+        + "[[phase]]\nsteps = 120\nlengths = { 128 = 1 }\n"
+    )
     run("--out", "one", recipe=path)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
     assert losses[0] > 6 and losses[-1] < 0.5
 
 
 def test_kill_at_any_moment_leaves_a_checkpoint(tiny, corpus_folder, tmp_path):
     """A run that saves after every step is killed at random moments and resumed, until it is through; each time `last` loads."""
     path = tmp_path / "often.toml"
-    path.write_text(TINY.replace("eval_every = 1000", "eval_every = 1").replace("steps = 6", "steps = 60"))
-    command = [sys.executable, "train.py", str(path), "--data", str(corpus_folder), "--out", str(tmp_path / "k")]
+    path.write_text(
+        TINY.replace("eval_every = 1000", "eval_every = 1").replace("steps = 6", "steps = 60")
+    )
+    command = [
+        sys.executable,
+        "train.py",
+        str(path),
+        "--data",
+        str(corpus_folder),
+        "--out",
+        str(tmp_path / "k"),
+    ]
     killed = 0
     for attempt in range(3):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         deadline = time.time() + 60
         while not (tmp_path / "k" / "last").exists() and time.time() < deadline:
             time.sleep(0.05)
@@ -214,11 +264,16 @@ def test_best_and_last_are_relative_links_and_nothing_else_stays(run, tmp_path):
     run("--out", "x", "--eval-every", "2")
     folder = tmp_path / "x"
     assert os.readlink(folder / "last") == "step-000012"
-    assert {path.name for path in folder.glob("step-*")} == {os.readlink(folder / "last"), os.readlink(folder / "best")}
+    assert {path.name for path in folder.glob("step-*")} == {
+        os.readlink(folder / "last"),
+        os.readlink(folder / "best"),
+    }
     assert not list(folder.glob("*tmp*")) and not list(folder.glob(".*"))
 
 
-def test_init_starts_from_weights_and_only_evaluates_with_zero_steps(run, tmp_path, capsys, monkeypatch):
+def test_init_starts_from_weights_and_only_evaluates_with_zero_steps(
+    run, tmp_path, capsys, monkeypatch
+):
     run("--out", "x")
     seen = []
     monkeypatch.setattr(train, "finish", lambda run, *_: seen.append(run))
@@ -230,7 +285,10 @@ def test_init_starts_from_weights_and_only_evaluates_with_zero_steps(run, tmp_pa
 
 
 def weights_equal(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(p, q)
+        for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 # Recipes
@@ -254,7 +312,9 @@ def test_phases_carry_overrides_and_start_schedules():
     assert [second.length(step) for step in range(10, 18)] == [512, 512, 512, 2048] * 2
     rates = [(first if step < 10 else second).rate(step) for step in range(20)]
     assert rates.index(max(rates)) == 4 and max(rates) == pytest.approx(0.01)
-    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] < 0.0012  # one cosine over both phases, to a tenth
+    assert (
+        rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] < 0.0012
+    )  # one cosine over both phases, to a tenth
     assert third.rate(20) == pytest.approx(0.001)
 
 
@@ -266,7 +326,9 @@ def test_yarn_without_a_length_takes_the_one_trained_before():
     assert recipe.stages()[1].config.rope_original_length == 128
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem
+)
 def test_every_recipe_builds_its_model(path):
     recipe = recipes.build(recipes.read_toml(path), name=path.name)
     with torch.device("meta"):
@@ -275,7 +337,9 @@ def test_every_recipe_builds_its_model(path):
 
 
 def test_run_names():
-    build = lambda **model: recipes.build({"model": model, "phase": [{"steps": 1, "lengths": {"128": 1}}]})
+    build = lambda **model: recipes.build(
+        {"model": model, "phase": [{"steps": 1, "lengths": {"128": 1}}]}
+    )
     assert recipes.run_name(build(pattern="rrrN", window=64), "laptop") == "laptop-r64r64r64N-s1"
     assert recipes.run_name(build(pattern="R", qk_norm=True), "laptop") == "laptop-R-s1-qk"
 
@@ -283,7 +347,10 @@ def test_run_names():
 # Needles
 
 
-@pytest.mark.parametrize("length,hidden,asked,depth", [(129, 4, 4, None), (513, 8, 4, 0.0), (513, 8, 4, 1.0), (1024, 1, 1, 0.5)])
+@pytest.mark.parametrize(
+    "length,hidden,asked,depth",
+    [(129, 4, 4, None), (513, 8, 4, 0.0), (513, 8, 4, 1.0), (1024, 1, 1, 0.5)],
+)
 def test_needles_lie_where_the_segments_say(corpus_folder, length, hidden, asked, depth):
     corpus = load_corpus(corpus_folder)
     tokenizer = corpus.tokenizer
@@ -293,7 +360,10 @@ def test_needles_lie_where_the_segments_say(corpus_folder, length, hidden, asked
         assert len(example.tokens) == len(example.answer) == len(example.segment) == length
         assert example.tokens[0] == tokenizer.eot_token
         text = lambda mask: tokenizer.decode_bytes(example.tokens[mask].tolist()).decode()
-        lines, questions = text(example.segment == NEEDLE).splitlines(), text(example.segment == QC).splitlines()
+        lines, questions = (
+            text(example.segment == NEEDLE).splitlines(),
+            text(example.segment == QC).splitlines(),
+        )
         assert len(lines) == len(set(lines)) == hidden and len(questions) == asked
         assert set(questions) <= set(lines)  # each question's answer stands in the context
         keys = [line.split()[1] for line in lines]
@@ -304,11 +374,16 @@ def test_needles_lie_where_the_segments_say(corpus_folder, length, hidden, asked
             assert held_out(key) == held_out(value) == evaluation
             assert len(tokenizer.encode_ordinary(" " + key)) >= 2
         assert (example.segment[:10] != CONTEXT).all() and (example.segment[0] == BEGIN)
-        assert (np.flatnonzero(example.segment == QC) == np.arange(length - (example.segment == QC).sum(), length)).all()
+        assert (
+            np.flatnonzero(example.segment == QC)
+            == np.arange(length - (example.segment == QC).sum(), length)
+        ).all()
         if depth is not None:
             first = questions[0]
             at = [i for i, line in enumerate(lines) if line == first][0]
-            starts = np.flatnonzero((example.segment == NEEDLE) & (example.tokens == tokenizer.encode_ordinary("#")[0]))
+            starts = np.flatnonzero(
+                (example.segment == NEEDLE) & (example.tokens == tokenizer.encode_ordinary("#")[0])
+            )
             assert abs(starts[at] / length - depth) < 0.3
 
 
@@ -333,7 +408,10 @@ def test_needle_score_on_planted_answers(corpus_folder):
             read = np.concatenate((*cache, tokens[0].numpy()))
             example = next(e for e in examples if np.array_equal(e.tokens[:-1], read))
             self.next = example.tokens[1:].copy()
-            ends = np.flatnonzero((example.answer[1:] >= 0) & (np.append(example.answer[2:], -1) != example.answer[1:]))
+            ends = np.flatnonzero(
+                (example.answer[1:] >= 0)
+                & (np.append(example.answer[2:], -1) != example.answer[1:])
+            )
             if self.wrong:
                 self.next[ends] = 0
             return torch.from_numpy(self.next)[None, -tokens.shape[1] :, None].float()
@@ -350,7 +428,9 @@ def test_validation_loss_leaves_end_of_text_out(corpus_folder):
     """Against a slow sum over the targets, in nats and in bits per byte of the text."""
     corpus = load_corpus(corpus_folder)
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(window=16, vocab_size=1024, d_model=32, n_head=2, n_kv_head=1, d_ff=32))
+    model = Transformer(
+        ModelConfig(window=16, vocab_size=1024, d_model=32, n_head=2, n_kv_head=1, d_ff=32)
+    )
     nats, bits = validation_loss(model, corpus, 200, 1000)
     total = counted = size = 0
     for window in validation_windows(corpus, 200, 5):
@@ -369,15 +449,31 @@ def test_validation_loss_leaves_end_of_text_out(corpus_folder):
 
 def test_train_then_sample_as_subprocesses(tiny, corpus_folder, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = lambda *argv, **more: subprocess.run([sys.executable, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, **more)
+    command = lambda *argv, **more: subprocess.run(
+        [sys.executable, *argv],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        **more,
+    )
     done = command(ROOT / "train.py", tiny, "--data", corpus_folder)
     assert done.returncode == 0, done.stderr
-    assert "validation loss" in done.stdout and "bits per byte" in done.stdout and "needles" in done.stdout and "greedy sample" in done.stdout
+    assert (
+        "validation loss" in done.stdout
+        and "bits per byte" in done.stdout
+        and "needles" in done.stdout
+        and "greedy sample" in done.stdout
+    )
     assert (tmp_path / "out" / "tiny-r16r16r16N-s1" / "last" / "model.safetensors").is_file()
-    done = command(ROOT / "sample.py", "--prompt", "def naïve(", "--max-new-tokens", "20", "--temperature", "0")
+    done = command(
+        ROOT / "sample.py", "--prompt", "def naïve(", "--max-new-tokens", "20", "--temperature", "0"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def naïve(") and "new tokens" in done.stdout.splitlines()[-1]
-    again = command(ROOT / "sample.py", "--max-new-tokens", "20", "--temperature", "0", input="def naïve(")
+    again = command(
+        ROOT / "sample.py", "--max-new-tokens", "20", "--temperature", "0", input="def naïve("
+    )
     assert again.stdout.splitlines()[:-1] == done.stdout.splitlines()[:-1]
     done = command("-m", "lab.curves", "out/tiny-r16r16r16N-s1", "--out", "curves.png")
     assert done.returncode == 0, done.stderr
@@ -418,7 +514,9 @@ def test_bad_flags(error, tiny, corpus_folder, tmp_path, monkeypatch, flags, wor
         pytest.skip("this machine has CUDA")
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.iterdir())
-    line = error(train.main, tiny, *([] if "--data" in flags else ["--data", corpus_folder]), *flags)
+    line = error(
+        train.main, tiny, *([] if "--data" in flags else ["--data", corpus_folder]), *flags
+    )
     assert all(word in line for word in words), line
     assert set(tmp_path.iterdir()) == before
 
@@ -441,8 +539,14 @@ def test_bad_flags(error, tiny, corpus_folder, tmp_path, monkeypatch, flags, wor
         (MODEL + PHASE + "length_scale = 'ssmax'\n", ["ssmax", "[model]"]),
         (MODEL + PHASE + "pattern = 'q'\n", ["phase 1", "'q'"]),
         ("[model\n", ["TOML"]),
-        ("batch_tokens = 1_048_576\n[model]\nwindow = 16\n[[phase]]\nsteps = 1\nlengths = { 1048576 = 1 }\n", ["1,048,576", "larger"]),
-        ("needle_share = 1.0\n" + MODEL + "[[phase]]\nsteps = 1\nlengths = { 16 = 1 }\n", ["16", "needle"]),
+        (
+            "batch_tokens = 1_048_576\n[model]\nwindow = 16\n[[phase]]\nsteps = 1\nlengths = { 1048576 = 1 }\n",
+            ["1,048,576", "larger"],
+        ),
+        (
+            "needle_share = 1.0\n" + MODEL + "[[phase]]\nsteps = 1\nlengths = { 16 = 1 }\n",
+            ["16", "needle"],
+        ),
     ],
 )
 def test_bad_recipes(error, corpus_folder, tmp_path, monkeypatch, text, words):
@@ -465,8 +569,28 @@ def test_bad_runs(run, error, corpus_folder, tmp_path, tiny):
     assert "nothing to resume" in error(train.main, "--resume", "nothing")
     assert "--lr" in error(train.main, "--resume", "x", "--lr", "1")
     assert "--seed" in error(train.main, "--resume", "x", "--seed", "2")
-    assert "d_model" in error(train.main, tiny, "--data", corpus_folder, "--out", "y", "--init", "x/last", "--d-model", "64")
-    assert "--pattern" in error(train.main, write(tmp_path, TINY.replace("[model]", "[model]\npattern = 'R'")), "--data", corpus_folder, "--out", "y", "--init", "x/last")
+    assert "d_model" in error(
+        train.main,
+        tiny,
+        "--data",
+        corpus_folder,
+        "--out",
+        "y",
+        "--init",
+        "x/last",
+        "--d-model",
+        "64",
+    )
+    assert "--pattern" in error(
+        train.main,
+        write(tmp_path, TINY.replace("[model]", "[model]\npattern = 'R'")),
+        "--data",
+        corpus_folder,
+        "--out",
+        "y",
+        "--init",
+        "x/last",
+    )
     assert weights(tmp_path / "x") == before and not (tmp_path / "y").exists()
     for name in ("config.json", "model.safetensors", "training.pt", "tokenizer.tiktoken"):
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
@@ -485,17 +609,39 @@ def write(folder, text):
 def test_a_checkpoint_and_a_corpus_with_other_tokenizers(run, error, corpus_folder, tmp_path, tiny):
     run("--out", "x", "--max-steps", "1")
     source = Path(os.__file__).parent
-    prepare([(name, (source / f"{name}.py").read_text()) for name in ("argparse", "inspect")], tmp_path / "other", vocab_size=1024, source="test")
-    assert "tokenizer" in error(train.main, tiny, "--data", tmp_path / "other", "--init", "x/last", "--out", "y")
+    prepare(
+        [(name, (source / f"{name}.py").read_text()) for name in ("argparse", "inspect")],
+        tmp_path / "other",
+        vocab_size=1024,
+        source="test",
+    )
+    assert "tokenizer" in error(
+        train.main, tiny, "--data", tmp_path / "other", "--init", "x/last", "--out", "y"
+    )
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run, error, tmp_path, corpus_folder, tiny, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(
+    run, error, tmp_path, corpus_folder, tiny, monkeypatch
+):
     real = Transformer.loss
     calls = []
-    monkeypatch.setattr(Transformer, "loss", lambda self, *a: real(self, *a) * (float("nan") if self.training and calls.append(1) is None and len(calls) == 4 else 1.0))
+    monkeypatch.setattr(
+        Transformer,
+        "loss",
+        lambda self, *a: (
+            real(self, *a)
+            * (
+                float("nan")
+                if self.training and calls.append(1) is None and len(calls) == 4
+                else 1.0
+            )
+        ),
+    )
     line = error(train.main, tiny, "--data", corpus_folder, "--out", "x")
     assert "step 3" in line and "nan" in line and "rate" in line and "norm" in line
-    assert torch.isfinite(Transformer.from_pretrained(tmp_path / "x" / "last").embed_tokens.weight).all()
+    assert torch.isfinite(
+        Transformer.from_pretrained(tmp_path / "x" / "last").embed_tokens.weight
+    ).all()
 
 
 def test_running_out_of_memory_names_the_knob(run, error, corpus_folder, tiny, monkeypatch):
@@ -524,9 +670,13 @@ def test_samples_never_cut_a_character(run, capsys, monkeypatch, tmp_path):
     tokenizer = train.load_tokenizer(tmp_path / "out/x/last")
     emoji = tokenizer.encode_ordinary("🜚 né")
     assert len(emoji) > 5  # several tokens a character
-    monkeypatch.setattr(Transformer, "stream", lambda self, *a, **k: (torch.tensor([token]) for token in emoji))
+    monkeypatch.setattr(
+        Transformer, "stream", lambda self, *a, **k: (torch.tensor([token]) for token in emoji)
+    )
     written = []
-    monkeypatch.setattr(sample, "print", lambda *words, **more: written.append(" ".join(words)), raising=False)
+    monkeypatch.setattr(
+        sample, "print", lambda *words, **more: written.append(" ".join(words)), raising=False
+    )
     sample.main(["--prompt", "x"])
     assert "".join(written[1:-1]) == "🜚 né" and not any("�" in piece for piece in written)
 
@@ -536,7 +686,11 @@ def test_several_samples(run, capsys, tmp_path):
     capsys.readouterr()
     sample.main(["--prompt", "def ", "--samples", "3", "--max-new-tokens", "5", "--seed", "4"])
     first = capsys.readouterr().out
-    assert first.count("---\n") == 2 and first.count("def ") >= 3 and "in 3 samples" in first.splitlines()[-1]
+    assert (
+        first.count("---\n") == 2
+        and first.count("def ") >= 3
+        and "in 3 samples" in first.splitlines()[-1]
+    )
     sample.main(["--prompt", "def ", "--samples", "3", "--max-new-tokens", "5", "--seed", "4"])
     again = capsys.readouterr().out
     assert again.splitlines()[:-1] == first.splitlines()[:-1]  # reproducible by its seed
@@ -545,11 +699,33 @@ def test_several_samples(run, capsys, tmp_path):
 def test_an_interrupt_ends_a_sample_with_a_line(run, tmp_path):
     run("--out", "out/x", "--max-steps", "1")
     model = Transformer.from_pretrained(tmp_path / "out/x/last")
-    model.embed_tokens.weight.data[-1] = 0  # end-of-text has the logit 0, and some other always has more
+    model.embed_tokens.weight.data[-1] = (
+        0  # end-of-text has the logit 0, and some other always has more
+    )
     model.save_pretrained(tmp_path / "out/x/last")
-    command = [sys.executable, str(ROOT / "sample.py"), "--prompt", "x", "--max-new-tokens", "100000", "--temperature", "0", "--checkpoint", "out/x/last"]
-    listening = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start deaf to it
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "100000",
+        "--temperature",
+        "0",
+        "--checkpoint",
+        "out/x/last",
+    ]
+    listening = lambda: signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs start deaf to it
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listening,
+    )
     process.stdout.read(1)  # the prompt has been read and generation begins
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -559,12 +735,15 @@ def test_an_interrupt_ends_a_sample_with_a_line(run, tmp_path):
 
 # Recipes
 
+
 def documented_commands():
     """(file, words) of every train.py line in the recipes' comments."""
     for path in sorted((ROOT / "recipes").glob("*.toml")):
         for line in path.read_text().splitlines():
             if line.startswith("#     python train.py"):
-                yield pytest.param(path, line.split()[3:], id=f"{path.stem}: {' '.join(line.split()[3:])}")
+                yield pytest.param(
+                    path, line.split()[3:], id=f"{path.stem}: {' '.join(line.split()[3:])}"
+                )
 
 
 @pytest.mark.parametrize("path,words", list(documented_commands()))
@@ -574,38 +753,85 @@ def test_what_recipes_say_to_run_is_accepted(path, words):
     file, start = args.pop("recipe") or ROOT / "recipes" / "laptop.toml", args.pop("init", None)
     base = None
     if start is not None:
-        pattern = {"drope-laptop-R-s1": "N", "swan-laptop-Nr64r64r64-s1": "Nrrr"}.get(start.parent.name) or ("rrrN" if start.parent.name.endswith("N-s1") else "R")
-        shape = {key: value for key, value in recipes.read_toml(ROOT / file)["model"].items() if key in SMALL}
+        pattern = {"drope-laptop-R-s1": "N", "swan-laptop-Nr64r64r64-s1": "Nrrr"}.get(
+            start.parent.name
+        ) or ("rrrN" if start.parent.name.endswith("N-s1") else "R")
+        shape = {
+            key: value
+            for key, value in recipes.read_toml(ROOT / file)["model"].items()
+            if key in SMALL
+        }
         window = re.search(r"r(\d+)", start.parent.name)
-        base = ModelConfig(**shape, pattern=pattern, window=int(window[1]) if window else None, vocab_size=1024, trained_length=512)
+        base = ModelConfig(
+            **shape,
+            pattern=pattern,
+            window=int(window[1]) if window else None,
+            vocab_size=1024,
+            trained_length=512,
+        )
     flags = {key: value for key, value in args.items() if key not in ("out", "max_steps")}
     made = recipes.build(recipes.read_toml(ROOT / file), flags, base, file.name)
     assert base is None or made.model.pattern == flags.get("pattern", base.pattern)
-    assert made.stages()[-1].config.pattern == {"drope-laptop": "N", "convert-laptop": "rrrN"}.get(file.stem, made.model.pattern)
+    assert made.stages()[-1].config.pattern == {"drope-laptop": "N", "convert-laptop": "rrrN"}.get(
+        file.stem, made.model.pattern
+    )
 
 
 SMALL = {"n_layer": 4, "n_head": 2, "n_kv_head": 1, "d_model": 32, "d_ff": 48}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem
+)
 def test_every_recipe_trains_in_miniature(path, corpus_folder, tmp_path, monkeypatch):
     """It parses, its model can be built, and a copy with everything smaller makes two steps in each of its phases."""
     tables = recipes.read_toml(path)
     full = recipes.build(tables, name=path.name)
     with torch.device("meta"):
         Transformer(full.model)
-    pattern = {"extend-laptop-rope": "R", "extend-laptop-pi": "R", "extend-laptop-ntk": "R", "extend-laptop-yarn": "R", "convert-laptop": "R", "extend-gpu-rope": "R"}.get(path.stem)
-    tables["model"] |= SMALL | ({"window": 16} if "window" in tables["model"] else {}) | ({"pattern": pattern} if pattern else {})
-    tables |= {"batch_tokens": 512, "eval_tokens": 512, "needle_share": 0.5 * tables.get("needle_share", 0), "data": str(corpus_folder)}
+    pattern = {
+        "extend-laptop-rope": "R",
+        "extend-laptop-pi": "R",
+        "extend-laptop-ntk": "R",
+        "extend-laptop-yarn": "R",
+        "convert-laptop": "R",
+        "extend-gpu-rope": "R",
+    }.get(path.stem)
+    tables["model"] |= (
+        SMALL
+        | ({"window": 16} if "window" in tables["model"] else {})
+        | ({"pattern": pattern} if pattern else {})
+    )
+    tables |= {
+        "batch_tokens": 512,
+        "eval_tokens": 512,
+        "needle_share": 0.5 * tables.get("needle_share", 0),
+        "data": str(corpus_folder),
+    }
     for phase in tables["phase"]:
         longest = max(map(int, phase["lengths"]))
-        phase["lengths"] = {str(512 * int(length) // longest): share for length, share in phase["lengths"].items()}
+        phase["lengths"] = {
+            str(512 * int(length) // longest): share for length, share in phase["lengths"].items()
+        }
         phase["steps"] = 2
     monkeypatch.setattr(train, "finish", lambda *_: None)
     monkeypatch.setattr(recipes, "read_toml", lambda _: tables)
     train.main([str(path), "--out", str(tmp_path / "run")])
-    losses = [entry["loss"] for entry in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines()) if "loss" in entry]
+    losses = [
+        entry["loss"]
+        for entry in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+        if "loss" in entry
+    ]
     assert len(losses) == 2 * len(full.phase) and all(np.isfinite(losses))
-    trained, wanted = Transformer.from_pretrained(tmp_path / "run" / "last"), Transformer(recipes.build(tables).stages()[-1].config)
-    for mine, asked in zip(trained._read_config(), wanted._read_config()):  # plan, rotary frequencies, their amplitude
-        assert torch.allclose(mine, asked) if isinstance(mine, torch.Tensor) else mine == pytest.approx(asked)
+    trained, wanted = (
+        Transformer.from_pretrained(tmp_path / "run" / "last"),
+        Transformer(recipes.build(tables).stages()[-1].config),
+    )
+    for mine, asked in zip(
+        trained._read_config(), wanted._read_config()
+    ):  # plan, rotary frequencies, their amplitude
+        assert (
+            torch.allclose(mine, asked)
+            if isinstance(mine, torch.Tensor)
+            else mine == pytest.approx(asked)
+        )
