@@ -17,7 +17,7 @@ import torch
 from commandline import CommandLine, fail
 from data.tokenizer import load_tokenizer
 from model import Transformer
-from train import choose_device
+from run import choose_device
 
 
 def command_line() -> CommandLine:

@@ -36,8 +36,9 @@ from data.prepare import prepare_stdlib
 from data.tokenizer import load_tokenizer
 from evaluate import needle_score, needle_table, validation_loss
 from model import Transformer, layer_plan
-from parallel import LOCAL_RANK, LOCAL_RANKS, RANK, RANKS
+from parallel import RANK, RANKS
 from recipe import Recipe, Stage
+from run import choose_device
 
 HERE = Path(__file__).parent
 WITH_RESUME = {
@@ -237,33 +238,6 @@ def read(argv: list[str] | None) -> Run:
     elif RANK == 0:
         claim(run, sys.argv[1:] if argv is None else argv)
     return run
-
-
-def choose_device(name: str | None) -> tuple[torch.device, bool]:
-    """The device, and whether it is a GPU that multiplies bfloat16 natively: of several processes each takes a GPU of its own.
-    Raises ValueError where there is no such device."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name!r} is unknown: use cuda, cpu or mps") from None
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }.get(device.type, False)
-    if not there:
-        raise ValueError(
-            f"--device {name}: this machine (or this build of torch) has none; use --device cpu"
-        )
-    if RANKS > 1 and device.type != "cpu":
-        if device.type != "cuda" or LOCAL_RANKS > torch.cuda.device_count():
-            raise ValueError(
-                f"--device {name}: this machine has {torch.cuda.device_count()} GPUs for {LOCAL_RANKS} processes; start no more with --nproc-per-node, or use --device cpu"
-            )
-        device = torch.device("cuda", LOCAL_RANK)
-        torch.cuda.set_device(device)
-    return device, device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def fit_vocabulary(recipe: Recipe, corpus: Corpus) -> Recipe:

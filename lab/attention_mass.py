@@ -33,7 +33,7 @@ from lab.report import (
     write_rows,
 )
 from model import Transformer, layer_plan
-from train import choose_device
+from run import choose_device
 
 SEGMENTS = ("begin", "needle", "context", "qc")  # in the order of data.needles
 RECENT = 32  # nearest keys, the query's own included: what a head of recency reads

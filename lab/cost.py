@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
+import engine
 from attention import visible_pairs
 from commandline import CommandLine, fail
-from engine import stream
 from lab.report import check_out, write
 from model import ModelConfig, Transformer, layer_plan
-from train import choose_device
+from run import choose_device
 
 SIZES = {  # one size for every pattern; small enough for a CPU, large enough for a GPU to be busy
     "cpu": {
@@ -108,7 +108,7 @@ def measure(
     prefills, decodes = [], []
     for _ in range(repeats):
         cache = model.new_cache(1, length + DECODED + 1)
-        stream = stream(model, tokens, DECODED + 1, cache=cache)
+        stream = engine.stream(model, tokens, DECODED + 1, cache=cache)
         prefills.append(timed(lambda: next(stream)))
         decodes += [timed(lambda: next(stream)) for _ in range(DECODED)]
     plan, full = layer_plan(config), visible_pairs(length)

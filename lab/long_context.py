@@ -18,7 +18,6 @@ from pathlib import Path
 from commandline import CommandLine, fail
 from data.corpus import Corpus
 from lab.runs import (
-    HERE,
     LEARNED,
     RATES,
     TASKS,

@@ -21,7 +21,7 @@ from engine import prefill
 from evaluate import TIMES, mean_and_error
 from lab.report import check_out, checkpoint_command, least_trained, open_checkpoints, write
 from model import Transformer
-from train import choose_device
+from run import choose_device
 
 SHADES = " ░▒▓█"
 

@@ -36,7 +36,6 @@ from lab.runs import (
     TIMES,
     WORK,
     Plan,
-    at_rate,
     at_trained_length,
     best,
     default_corpus,

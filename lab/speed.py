@@ -35,17 +35,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+import engine
 import train
 from attention import attend, visible_pairs
 from commandline import CommandLine, fail
 from data.batches import held_out_examples
 from data.needles import Needles
-from engine import stream
 from evaluate import needle_score, needle_table, validation_loss
 from lab.cost import peak_bytes
 from lab.gpt2 import GPT2
 from lab.runs import multiplies_bfloat16
 from model import ModelConfig, Transformer
+from run import choose_device
 
 SHAPE = {
     "n_layer": 8,
@@ -474,7 +475,7 @@ def long_decode_section(setup: Setup, shape: dict | None = None, context: int | 
         if setup.compiled:
             model.compile_decoding()
         cache = model.new_cache(1, context + setup.new_tokens + 8)
-        stream = stream(model, tokens, setup.new_tokens + 8, cache=cache)
+        stream = engine.stream(model, tokens, setup.new_tokens + 8, cache=cache)
         for _ in range(8):  # the prompt, and what is compiled or captured at the first steps
             next(stream).item()
         took = alternate({"token": lambda: next(stream).item()}, setup.new_tokens, setup.clock)[
@@ -700,7 +701,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(
                     f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1"
                 )
-        device, _ = train.choose_device(args.device)
+        device, _ = choose_device(args.device)
         if args.out and not args.out.is_dir():
             raise FileNotFoundError(f"--out {args.out} is no folder: make it first")
         cuda = device.type == "cuda"
