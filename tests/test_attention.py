@@ -1,4 +1,5 @@
-"""attention.py against slow, obvious specifications: numpy loops, formulas from the papers, and PyTorch's own mask maker."""
+"""attention.py against slow, obvious specifications: numpy loops, formulas from the papers, and
+PyTorch's own mask maker."""
 
 import math
 import statistics
@@ -14,26 +15,27 @@ from attention import (
     attend,
     attention_weights,
     choose_backend,
-    flex_mask,
+    kernel_for,
     length_scale,
-    make_mask,
-    rotary_frequencies,
     rotary_table,
     rotate,
+    scaled_frequencies,
     visible,
     visible_pairs,
 )
+from fast.kernels import flex_mask
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
-# (length, window): one key, nothing, exactly and just over the length, the edges of banded's blocks (a quarter of the
-# window, 32 queries at least), and windows that reach back one to five blocks.
+# (length, window): one key, nothing, exactly and just over the length, the edges of banded's blocks
+# (a quarter of the window, 32 queries at least), and windows that reach back one to five blocks.
 SHAPES = [
-    (1, 1), (1, 7), (5, 1), (130, 1), (7, 3), (7, 7), (7, 8), (64, 3), (65, 3), (129, 64), (129, 65), (200, 63),
-    (63, 32), (64, 33), (65, 33), (191, 64), (192, 64), (193, 65), (300, 135), (300, 100), (257, 128), (513, 255), (513, 256), (520, 257), (600, 258),
-    (1030, 513), (1030, 514), (700, 600), (1210, 600),
-]  # fmt: skip
+    *((1, 1), (1, 7), (5, 1), (130, 1), (7, 3), (7, 7), (7, 8), (64, 3), (65, 3), (129, 64)),
+    *((129, 65), (200, 63), (63, 32), (64, 33), (65, 33), (191, 64), (192, 64), (193, 65)),
+    *((300, 135), (300, 100), (257, 128), (513, 255), (513, 256), (520, 257), (600, 258)),
+    *((1030, 513), (1030, 514), (700, 600), (1210, 600)),
+]
 HEADS = [(1, 1), (4, 2), (3, 1), (2, 2)]  # (query, key/value): one, grouped, multi-query, plain
 
 
@@ -90,7 +92,8 @@ def test_windowed_backends_equal_reference_with_gradients(t, window):
     expected_gradients = torch.autograd.grad(expected, inputs, upstream)
     for backend in ("sdpa", "banded", "auto"):
         out = attend(*inputs, window, backend)
-        # float64, at most 600 terms of order 1 in another order: 600 x 2e-16 at worst; a key too many or too few is 1e-3
+        # float64, at most 600 terms of order 1 in another order: 600 x 2e-16 at worst; a key too
+        # many or too few is 1e-3
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
         for got, want in zip(torch.autograd.grad(out, inputs, upstream), expected_gradients):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
@@ -101,9 +104,8 @@ def test_windowed_backends_equal_reference_with_gradients(t, window):
 def test_every_head_layout(heads, t, window):
     q, k, v = qkv(t, heads=heads, grad=False)
     expected = attend(q, k, v, window, "reference")
-    for backend in ("sdpa", "banded", "auto") + (
-        ("flex",) if window == 33 else ()
-    ):  # eager flex takes a second
+    # eager flex takes a second
+    for backend in ("sdpa", "banded", "auto") + (("flex",) if window == 33 else ()):
         torch.testing.assert_close(attend(q, k, v, window, backend), expected, rtol=0, atol=1e-12)
 
 
@@ -146,9 +148,8 @@ def test_positions_in_any_order(backend, t, s, window):
     k_pos[k_pos == 18] = -1
     q_pos = torch.arange(20 - t, 20) if t <= s else torch.arange(19, 19 + t)
     out = attend(q, k, v, window, backend, q_pos=q_pos, k_pos=k_pos)
-    for i, query in enumerate(
-        q_pos.tolist()
-    ):  # one query at a time, over a sorted copy of just the keys it may see
+    # one query at a time, over a sorted copy of just the keys it may see
+    for i, query in enumerate(q_pos.tolist()):
         keys = sorted(
             (p, slot)
             for slot, p in enumerate(k_pos.tolist())
@@ -165,20 +166,16 @@ def test_positions_in_any_order(backend, t, s, window):
     )
 
 
-def test_a_shared_mask_changes_nothing():
-    for backend, window in (
-        ("sdpa", 5),
-        ("sdpa", None),
-        ("flex", 5),
-        ("flex", None),
-        ("banded", 5),
-        ("reference", 5),
-    ):
-        q, k, v = qkv(70, grad=False)
-        mask = make_mask(backend, window, 70, CPU)
-        assert torch.equal(
-            attend(q, k, v, window, backend, mask=mask), attend(q, k, v, window, backend)
-        )
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "banded", "flex", "auto"])
+def test_one_kernel_serves_every_layer_of_its_window(backend, window):
+    """A kernel with its mask made is a function of (q, k, v) alone, and keeps nothing of them."""
+    if (backend, window) == ("banded", None):
+        return  # banded is for windows
+    kernel = kernel_for(window, 70, CPU, backend)
+    for seed in (0, 1):
+        q, k, v = qkv(70, grad=False, seed=seed)
+        assert torch.equal(kernel(q, k, v), attend(q, k, v, window, backend))
 
 
 # Who sees whom
@@ -201,8 +198,8 @@ def test_a_shared_mask_changes_nothing():
 )
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "banded", "flex", "auto"])
 def test_keys_per_row(backend, t, window):
-    """Query i sees min(i + 1, W) keys and they are the right ones: equal scores spread the weight evenly over what is
-    seen, and values that are one-hot by key give the weights back."""
+    """Query i sees min(i + 1, W) keys and they are the right ones: equal scores spread the weight
+    evenly over what is seen, and values that are one-hot by key give the weights back."""
     if (backend, window) == ("banded", None) or backend == "flex" and t not in (9, 140):
         return  # banded is for windows, and eager flex is slow
     q, k = (
@@ -217,9 +214,8 @@ def test_keys_per_row(backend, t, window):
     mask = seen_by_hand(t, window)
     assert (mask.sum(1) == [min(i + 1, window or t) for i in range(t)]).all()
     assert ((weights != 0) == mask).all()
-    np.testing.assert_allclose(
-        weights, mask / mask.sum(1, keepdims=True), atol=1e-15
-    )  # 1/n to a rounding
+    # 1/n to a rounding
+    np.testing.assert_allclose(weights, mask / mask.sum(1, keepdims=True), atol=1e-15)
     if t == 9:
         np.testing.assert_array_equal(attention_weights(q, k, window)[0, 0].numpy() != 0, mask)
 
@@ -238,7 +234,8 @@ def test_an_empty_slot_is_never_seen():
 
 
 def densified(mask, t):
-    """(t t) bool of a BlockMask as a kernel reads it: full blocks whole, partial ones through mask_mod; and the block kinds."""
+    """(t t) bool of a BlockMask as a kernel reads it: full blocks whole, partial ones through
+    mask_mod; and the block kinds."""
     size = mask.BLOCK_SIZE[0]
     dense, kinds = (
         torch.zeros(t, t, dtype=torch.bool),
@@ -262,23 +259,21 @@ def densified(mask, t):
 @pytest.mark.parametrize("t", [1, 127, 128, 129, 256, 400, 512, 650])
 @pytest.mark.parametrize("window", [None, 1, 2, 127, 128, 129, 255, 256, 300, 5000])
 def test_flex_mask_equals_torchs(t, window):
-    ours = flex_mask(t, window, CPU)
+    ours = flex_mask(t, window, CPU, visible)
     torchs = create_block_mask(
         lambda b, h, q, k: visible(q, k, window), None, None, t, t, device="cpu"
     )
     assert ours.shape == torchs.shape and ours.BLOCK_SIZE == torchs.BLOCK_SIZE
     dense, kinds = densified(ours, t)
     np.testing.assert_array_equal(dense.numpy(), seen_by_hand(t, window))
-    assert torch.equal(
-        ours.to_dense(), torchs.to_dense()
-    )  # blocks visited, so no key block is read in vain
-    whole = (
-        t // 128
-    )  # PyTorch calls a ragged last row of blocks partial; we may call it whole, and the kernel checks bounds
+    # blocks visited, so no key block is read in vain
+    assert torch.equal(ours.to_dense(), torchs.to_dense())
+    # PyTorch calls a ragged last row of blocks partial; we may call it whole, and the kernel checks
+    # bounds.
+    whole = t // 128
     assert torch.equal(kinds[:whole], densified(torchs, t)[1][:whole])
-    queries = [
-        mask.q_num_blocks + mask.full_q_num_blocks for mask in (ours, torchs)
-    ]  # the transposed lists, for the backward pass
+    # the transposed lists, for the backward pass
+    queries = [mask.q_num_blocks + mask.full_q_num_blocks for mask in (ours, torchs)]
     assert torch.equal(*queries)
 
 
@@ -354,14 +349,19 @@ def test_attention_weights_refuses_a_guess():
 def test_auto():
     cuda = torch.device("cuda")
     for device, window, length, cached, choice in [
-        (CPU, None, 100, False, "sdpa"), (CPU, 16, 100, False, "banded"), (CPU, 16, 31, False, "sdpa"),
-        (CPU, 16, 32, False, "banded"), (CPU, 16, 100, True, "sdpa"), (cuda, 16, 100, False, "flex"),
-        (cuda, 16, 16, False, "sdpa"), (cuda, None, 100, False, "sdpa"), (cuda, 16, 1, True, "sdpa"),
-    ]:  # fmt: skip
+        (CPU, None, 100, False, "sdpa"),
+        (CPU, 16, 100, False, "banded"),
+        (CPU, 16, 31, False, "sdpa"),
+        (CPU, 16, 32, False, "banded"),
+        (CPU, 16, 100, True, "sdpa"),
+        (cuda, 16, 100, False, "flex"),
+        (cuda, 16, 16, False, "sdpa"),
+        (cuda, None, 100, False, "sdpa"),
+        (cuda, 16, 1, True, "sdpa"),
+    ]:
         assert choose_backend("auto", window, length, device, cached) == choice
-    assert (
-        choose_backend("auto", 16, 100, cuda, head_width=8) == "banded"
-    )  # narrower than FlexAttention's kernels take
+    # narrower than FlexAttention's kernels take
+    assert choose_backend("auto", 16, 100, cuda, head_width=8) == "banded"
     assert choose_backend("reference", 16, 100, CPU, cached=True) == "reference"  # a name is itself
 
 
@@ -373,11 +373,17 @@ def randn(*shape):
 
 
 def turned(x, theta=10_000.0, positions=None, frequencies=None):
+    """x (b t h d), turned by real pairs; the product of complex numbers must say the same."""
     if frequencies is None:
-        frequencies, _ = rotary_frequencies(x.shape[-1], theta)
-    return rotate(
-        x, rotary_table(torch.arange(x.shape[1]) if positions is None else positions, frequencies)
-    )
+        frequencies, _ = scaled_frequencies(x.shape[-1], theta)
+    positions = torch.arange(x.shape[1]) if positions is None else positions
+    table = rotary_table(positions, frequencies)
+    real = rotate(x.transpose(1, 2), table)
+    # One rounding more or less of the result's kind; where the angle is 0 both are exact.
+    rounding = torch.finfo(x.dtype).eps * x.abs().max().item()
+    complex_ = rotate(x.transpose(1, 2), torch.view_as_complex(table))
+    torch.testing.assert_close(complex_, real, rtol=0, atol=4 * rounding)
+    return real.transpose(1, 2)
 
 
 def test_rotation_by_hand():
@@ -389,9 +395,8 @@ def test_rotation_by_hand():
         a, c = x[b, t, h, 2 * i].item(), x[b, t, h, 2 * i + 1].item()
         expected[b, t, h, 2 * i] = a * math.cos(angle) - c * math.sin(angle)
         expected[b, t, h, 2 * i + 1] = a * math.sin(angle) + c * math.cos(angle)
-    np.testing.assert_allclose(
-        turned(x, theta=100.0), expected, atol=1e-5
-    )  # angles below 4 in float32: 4 x 2^-24, times |x| up to 5
+    # angles below 4 in float32: 4 x 2^-24, times |x| up to 5
+    np.testing.assert_allclose(turned(x, theta=100.0), expected, atol=1e-5)
 
 
 def test_rotation_keeps_norms():
@@ -402,7 +407,7 @@ def test_rotation_keeps_norms():
 
 @pytest.mark.parametrize("scaling", ["none", "pi", "ntk", "yarn"])
 def test_scores_depend_on_distance_only(scaling):
-    frequencies, _ = rotary_frequencies(16, 10_000.0, scaling, 4.0, 64)
+    frequencies, _ = scaled_frequencies(16, 10_000.0, scaling, 4.0, 64)
     q, k = randn(2, 1, 1, 1, 16)
     score = lambda m, n: (
         turned(q, positions=torch.tensor([m]), frequencies=frequencies)
@@ -458,35 +463,35 @@ def frequencies_by_hand(d, theta, scaling, s, length):
     ],
 )
 def test_frequencies_against_the_formulas(d, theta, s, length, scaling):
-    frequencies, amplitude = rotary_frequencies(d, theta, scaling, s, length)
+    frequencies, amplitude = scaled_frequencies(d, theta, scaling, s, length)
     expected, factor = frequencies_by_hand(d, theta, scaling, s, length)
     assert frequencies.dtype == torch.float32
-    np.testing.assert_allclose(
-        frequencies, expected, rtol=3e-6
-    )  # float32: exponent and power rounded, ln(2e6) x 2^-24 + a few 2^-24
+    # float32: exponent and power rounded, ln(2e6) x 2^-24 + a few 2^-24
+    np.testing.assert_allclose(frequencies, expected, rtol=3e-6)
     assert amplitude == pytest.approx(factor, rel=1e-12)
 
 
 def test_the_scalings_say_what_they_promise():
-    plain, _ = rotary_frequencies(64, 10_000.0)
-    ntk, _ = rotary_frequencies(64, 10_000.0, "ntk", 8.0)
-    yarn, _ = rotary_frequencies(64, 10_000.0, "yarn", 8.0, 4096)
+    plain, _ = scaled_frequencies(64, 10_000.0)
+    ntk, _ = scaled_frequencies(64, 10_000.0, "ntk", 8.0)
+    yarn, _ = scaled_frequencies(64, 10_000.0, "yarn", 8.0, 4096)
     assert ntk[0] == plain[0] and ntk[-1] == pytest.approx(plain[-1].item() / 8, rel=1e-5)
     assert yarn[0] == plain[0] and yarn[-1] == plain[-1] / 8
-    assert torch.equal(rotary_frequencies(64, 10_000.0, "pi", 8.0)[0], plain / 8)
+    assert torch.equal(scaled_frequencies(64, 10_000.0, "pi", 8.0)[0], plain / 8)
 
 
 def test_scalings_refused():
     with pytest.raises(ValueError, match="'linear' is unknown: use one of none, pi, ntk, yarn"):
-        rotary_frequencies(8, 1e4, "linear")
+        scaled_frequencies(8, 1e4, "linear")
     with pytest.raises(ValueError, match="'yarn' needs rope_original_length"):
-        rotary_frequencies(8, 1e4, "yarn", 2.0)
+        scaled_frequencies(8, 1e4, "yarn", 2.0)
 
 
 def test_tables_far_out():
-    """At position 100,000 the table is as good as float32 angles are: position x frequency is off by one rounding of the
-    frequency and one of the product, 2 x 100,000 x 2^-24 = 0.012 radians. bfloat16 positions would be off by 256."""
-    frequencies, _ = rotary_frequencies(64, 10_000.0)
+    """At position 100,000 the table is as good as float32 angles are: position x frequency is off
+    by one rounding of the frequency and one of the product, 2 x 100,000 x 2^-24 = 0.012 radians.
+    bfloat16 positions would be off by 256."""
+    frequencies, _ = scaled_frequencies(64, 10_000.0)
     positions = torch.arange(99_000, 100_001)
     pairs = rotary_table(positions, frequencies, 1.5)
     assert pairs.shape == (1001, 32, 2) and pairs.dtype == torch.float32
@@ -497,9 +502,8 @@ def test_tables_far_out():
         1j
         * (positions.numpy()[:, None].astype(np.float32) * frequencies.numpy()).astype(np.float64)
     )
-    np.testing.assert_allclose(
-        table.numpy(), rounded, atol=1e-6
-    )  # cos and sin of the float32 angle: a few 2^-24
+    # cos and sin of the float32 angle: a few 2^-24
+    np.testing.assert_allclose(table.numpy(), rounded, atol=1e-6)
 
 
 # Length scales
@@ -539,7 +543,7 @@ def test_length_scales_refused():
     ):
         length_scale("log", torch.arange(3), 64)
     for kind in ("swan", "llama4", "drope"):
-        with pytest.raises(ValueError, match=f"'{kind}' needs length_base or trained_length"):
+        with pytest.raises(ValueError, match=f"'{kind}' needs a trained length or length_base"):
             length_scale(kind, torch.arange(3), None)
 
 
@@ -547,12 +551,13 @@ def test_length_scales_refused():
 
 
 def test_banded_is_fifteen_times_faster_than_the_dense_mask():
-    """At T = 16k and W = 128, forward and backward. A dense mask skips nothing, so each query costs it the same: it is given
-    a 32nd of the queries over all the keys, its mask ready made, and its time counts 32 times. (Measured in full it is
-    no better: 37 times, and tens of seconds a run.)"""
+    """At T = 16k and W = 128, forward and backward. A dense mask skips nothing, so each query costs
+    it the same: it is given a 32nd of the queries over all the keys, its mask ready made, and its
+    time counts 32 times. (Measured in full it is no better: 37 times, and tens of seconds a
+    run.)"""
     t, window, part = 16_384, 128, 32
     rows = torch.arange(t - t // part, t)
-    dense_mask = make_mask("sdpa", window, t, CPU, q_pos=rows, k_pos=torch.arange(t))
+    kernel = kernel_for(window, len(rows), CPU, "sdpa", rows, torch.arange(t))  # its mask is made
     q, k, v = qkv(t, heads=(2, 2), d=32, batch=1, dtype=torch.float32)
 
     def seconds(run):
@@ -560,7 +565,7 @@ def test_banded_is_fifteen_times_faster_than_the_dense_mask():
         torch.autograd.grad(run().sum(), (q, k, v))
         return time.perf_counter() - start
 
-    dense = lambda: attend(q[:, :, rows], k, v, window, "sdpa", rows, torch.arange(t), dense_mask)
+    dense = lambda: kernel(q[:, :, rows], k, v)
     banded = lambda: attend(q, k, v, window, "banded")
     with torch.no_grad():  # the same answer, in float32 over 128 keys
         torch.testing.assert_close(dense(), banded()[:, :, rows], rtol=0, atol=1e-5)
@@ -570,7 +575,8 @@ def test_banded_is_fifteen_times_faster_than_the_dense_mask():
 
 @pytest.mark.parametrize("t,window", [(24, None), (24, 5), (200, None)])
 def test_bfloat16_trains_through_float32_on_a_cpu(t, window):
-    """Its fused backward pass is slow there; under autocast too the sums are float32's, and so are the gradients, rounded once."""
+    """Its fused backward pass is slow there; under autocast too the sums are float32's, and so are
+    the gradients, rounded once."""
     torch.manual_seed(0)
     rough = [
         torch.randn(1, heads, t, 16, dtype=torch.bfloat16, requires_grad=True)

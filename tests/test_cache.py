@@ -1,14 +1,18 @@
-"""The KV cache against no cache: the same logits for every pattern and every way to cut the text; and what is built on it."""
+"""The KV cache against no cache: the same logits for every pattern and every way to cut the text;
+and what is built on it."""
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+import engine
 import model as model_module
-from attention import Attention, KVCache, LayerSpec
-from model import ModelConfig, Transformer, layer_plan, sample_token
+from attention import KVCache, LayerSpec
+from engine import fill, prefill, stream
+from model import ModelConfig, Transformer, draw, layer_plan
 
 V = 23
 
@@ -53,7 +57,8 @@ def cached(model, tokens, sizes, max_length=None):
 
 
 def differences(model, tokens, window, max_length=None):
-    """The largest difference of cached from uncached logits, relative to their scale, for each cut."""
+    """The largest difference of cached from uncached logits, relative to their scale, for each
+    cut."""
     expected = model(tokens)
     scale = expected.abs().max()
     return {
@@ -84,8 +89,8 @@ CONFIGS = [
     "fields", CONFIGS, ids=lambda fields: "-".join(str(x) for x in fields.values())
 )
 def test_cached_equals_uncached(fields):
-    """23 tokens through a window of 5, and a cache with room to spare. float64: what is left is the order of sums, while one
-    key too many, too few or at a wrong position is 1e-3 or more."""
+    """23 tokens through a window of 5, and a cache with room to spare. float64: what is left is the
+    order of sums, while one key too many, too few or at a wrong position is 1e-3 or more."""
     model = tiny(**fields)
     for max_length in (23, 40):
         for cut, difference in differences(model, text(2, 23), 5, max_length).items():
@@ -121,14 +126,12 @@ def test_float32_over_many_windows():
 
 
 def advance_by_slot(self, t):
-    """The planted bug: the ring's rows taken to be in order of age, as they stand before it first turns."""
-    length = self.length
-    q_pos, slots, met = KVCache.advance(self, t)
-    return (
-        q_pos,
-        slots,
-        {rows: torch.arange(length + t - len(pos), length + t) for rows, pos in met.items()},
-    )
+    """The planted bug: the ring's rows taken to be in order of age, as they stand before it first
+    turns."""
+    q_pos = KVCache.advance(self, t)
+    for rows, positions in self.met.items():
+        self.met[rows] = torch.arange(self.length - len(positions), self.length)
+    return q_pos
 
 
 def test_a_mask_by_slot_order_fails_the_same_check(monkeypatch):
@@ -136,9 +139,8 @@ def test_a_mask_by_slot_order_fails_the_same_check(monkeypatch):
         model_module, "KVCache", type("BySlot", (KVCache,), {"advance": advance_by_slot})
     )
     found = differences(tiny("rrrN"), text(2, 23), 5)
-    assert (
-        found[1] < 1e-12 and found[5] < 1e-12 and found[23] < 1e-12
-    )  # it hides where slots happen to be in order
+    # it hides where slots happen to be in order
+    assert found[1] < 1e-12 and found[5] < 1e-12 and found[23] < 1e-12
     for cut in (4, 6, 11, "random 0"):
         assert found[cut] > 1e-3, cut
 
@@ -155,9 +157,8 @@ def test_bytes(pattern, window, max_length, dtype):
     plan = layer_plan(model.config)
     n_windowed = sum(spec.window is not None for spec in plan)
     rows = (len(plan) - n_windowed) * max_length + n_windowed * min(window, max_length)
-    kinds = {
-        min(spec.window or max_length, max_length) for spec in plan
-    }  # an int64 position for each row of each kind of ring
+    # an int64 position for each row of each kind of ring
+    kinds = {min(spec.window or max_length, max_length) for spec in plan}
     assert cache.nbytes == rows * 2 * 3 * 2 * 4 * dtype.itemsize + 8 * sum(kinds)
     before = cache.nbytes
     model(text(3, 40), cache=cache)
@@ -198,7 +199,7 @@ def test_past_max_length(held, t):
     if held:
         model(text(2, held), cache=cache)
     before = contents(cache)
-    for read in (model, model.prefill, model.fill):
+    for read in (model, partial(prefill, model), partial(fill, model)):
         with pytest.raises(
             ValueError,
             match=f"the cache holds 10 tokens and has {held}: {t} more need a larger max_length",
@@ -217,7 +218,7 @@ def test_refused():
     for batch_size, max_length in ((0, 8), (1, 0)):
         with pytest.raises(
             ValueError,
-            match=f"a cache of {batch_size} rows of {max_length} tokens holds nothing: use 1 or more",
+            match=f"a cache of {batch_size} rows of {max_length} tokens holds nothing: use 1",
         ):
             tiny().new_cache(batch_size, max_length)
     model = tiny("rrrN")
@@ -243,7 +244,8 @@ def test_rows_of_a_batch_are_independent():
 
 
 def test_a_cache_joins_the_model_through_its_plan():
-    """Layers of one window share positions, and a window as long as the cache shares the full layers'."""
+    """Layers of one window share positions, and a window as long as the cache shares the full
+    layers'."""
     cache = KVCache(
         [LayerSpec(True, 4), LayerSpec(False, 4), LayerSpec(True, 9), LayerSpec(False, None)],
         1,
@@ -258,11 +260,10 @@ def test_prefill_is_the_last_logits_whatever_its_chunk(monkeypatch):
     model, tokens = tiny(), text(2, 23)
     expected = model(tokens)[:, -1]
     for first, chunk in ((1, 1), (4, 4), (7, 3), (20, 1), (20, 512), (23, 5), (512, 512)):
-        monkeypatch.setattr(model_module, "FIRST_CHUNK", first)
-        monkeypatch.setattr(model_module, "PREFILL_CHUNK", chunk)
-        torch.testing.assert_close(
-            model.prefill(tokens, model.new_cache(2, 23)), expected, rtol=0, atol=1e-11
-        )
+        monkeypatch.setattr(engine, "FIRST_CHUNK", first)
+        monkeypatch.setattr(engine, "CHUNK", chunk)
+        logits = prefill(model, tokens, model.new_cache(2, 23))
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -278,19 +279,22 @@ def test_prefill_is_the_last_logits_whatever_its_chunk(monkeypatch):
     ],
 )
 def test_fill_leaves_what_a_whole_forward_leaves(pattern, more, monkeypatch):
-    """The last layer computes nothing but keys and values, and what follows sees no difference; the cache has the same content."""
+    """The last layer computes nothing but keys and values, and what follows sees no difference; the
+    cache has the same content."""
     model, tokens = tiny(pattern, n_layer=4, **more), text(2, 23)
-    monkeypatch.setattr(model_module, "FIRST_CHUNK", 9)
-    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 5)
-    whole, filled, attended = model.new_cache(2, 23), model.new_cache(2, 23), []
+    monkeypatch.setattr(engine, "FIRST_CHUNK", 9)
+    monkeypatch.setattr(engine, "CHUNK", 5)
+    whole, filled, multiplied = model.new_cache(2, 23), model.new_cache(2, 23), []
     expected = model(tokens, cache=whole)
-    monkeypatch.setattr(
-        type(model.layers[-1].self_attn),
-        "mix",
-        lambda self, *args, mix=Attention.mix: attended.append(args[-1]) or mix(self, *args),
-    )
-    model.fill(tokens[:, :17], filled)
-    assert set(attended) == set(range(len(model.layers) - 1))
+    names = {part: name for name, part in model.named_modules()}
+    with monkeypatch.context() as patch:
+        forward = torch.nn.Linear.forward
+        record = lambda self, x: multiplied.append(names[self]) or forward(self, x)
+        patch.setattr(torch.nn.Linear, "forward", record)
+        fill(model, tokens[:, :17], filled)
+    last = {name.split(".")[-1] for name in multiplied if name.startswith("layers.3.")}
+    assert last == {"k_proj", "v_proj"}
+    assert len({name for name in multiplied if name.startswith("layers.2.")}) == 7
     torch.testing.assert_close(
         model(tokens[:, 17:], cache=filled), expected[:, 17:], rtol=0, atol=1e-11
     )
@@ -305,7 +309,8 @@ def test_fill_leaves_what_a_whole_forward_leaves(pattern, more, monkeypatch):
 
 
 def writer(*args, **more):
-    """A model that does not repeat itself: with tied embeddings a random model says the last token again and again."""
+    """A model that does not repeat itself: with tied embeddings a random model says the last token
+    again and again."""
     return tiny(*args, seed=3, tie_embeddings=False, **more)
 
 
@@ -318,7 +323,7 @@ def test_generate_equals_a_slow_uncached_loop(pattern, window):
         slow = torch.cat((slow, model(slow)[:, -1:].argmax(-1)), 1)
     assert torch.equal(model.generate(tokens, 20), slow)
     assert len(slow[:, 7:].unique()) > 3, "an answer that repeats itself proves little"
-    joined = torch.stack(list(model.stream(tokens, 20)), 1)
+    joined = torch.stack(list(stream(model, tokens, 20)), 1)
     assert torch.equal(joined, slow[:, 7:])
 
 
@@ -333,13 +338,13 @@ def test_stop():
     resumed = 0
     for stop in free.unique().tolist():
         ends = [(row == stop).nonzero()[0].item() if (row == stop).any() else 15 for row in free]
-        streamed = torch.stack(list(model.stream(tokens, 15, stop=stop)), 1)
+        streamed = torch.stack(list(stream(model, tokens, 15, stop=stop)), 1)
         assert streamed.shape[1] == min(15, max(ends) + 1)
         for row, (end, ids) in enumerate(zip(ends, streamed)):
             assert torch.equal(ids[:end], free[row, :end]) and (ids[end:] == stop).all()
             resumed += not torch.equal(ids, free[row, : len(ids)])
         if ends[0] < 15:  # a row alone ends where it stops
-            alone = torch.stack(list(model.stream(tokens[:1], 15, stop=stop)), 1)
+            alone = torch.stack(list(stream(model, tokens[:1], 15, stop=stop)), 1)
             assert torch.equal(alone[0], free[0, : ends[0] + 1])
     assert resumed, "no row would have gone on to another token: the examples prove nothing"
 
@@ -347,9 +352,9 @@ def test_stop():
 def test_a_stream_continues_its_cache():
     model, tokens = writer(), text(2, 7)
     cache = model.new_cache(2, 40)
-    first = torch.stack(list(model.stream(tokens, 5, cache=cache)), 1)
+    first = torch.stack(list(stream(model, tokens, 5, cache=cache)), 1)
     assert cache.length == 11  # the last token has not been read
-    rest = torch.stack(list(model.stream(first[:, -1:], 5, cache=cache)), 1)
+    rest = torch.stack(list(stream(model, first[:, -1:], 5, cache=cache)), 1)
     assert torch.equal(torch.cat((tokens, first, rest), 1), model.generate(tokens, 10))
 
 
@@ -403,7 +408,7 @@ def test_what_is_drawn(settings, kept):
     p[kept] = PROBABILITIES[kept] ** (1 / temperature)
     p /= p.sum()
     n = 20_000
-    drawn = sample_token(
+    drawn = draw(
         PROBABILITIES.log().expand(n, 5), **settings, generator=torch.Generator().manual_seed(0)
     )
     shares = drawn.bincount(minlength=5) / n
@@ -421,7 +426,8 @@ def test_temperature_on_a_model(temperature):
         tokens.expand(n, 7), 1, temperature=temperature, generator=torch.Generator().manual_seed(0)
     )[:, -1]
     shares = drawn.bincount(minlength=V) / n
-    # five standard deviations of a share, and 1/n for the rarest, which are Poisson rather than normal
+    # five standard deviations of a share, and 1/n for the rarest, which are Poisson rather than
+    # normal
     assert ((shares - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 2 / n).all()
 
 
@@ -439,7 +445,8 @@ def test_no_failure_leaves_a_half_read_cache():
 
 
 def test_scale_and_rotation_are_absolute_under_the_cache():
-    """What a position means does not start afresh with a chunk: the last logits change with how far along they are."""
+    """What a position means does not start afresh with a chunk: the last logits change with how far
+    along they are."""
     for fields in (dict(pattern="N", length_scale="swan"), dict(pattern="R")):
         model, tokens = tiny(**fields), text(1, 12)
         cache = model.new_cache(1, 12)
@@ -455,7 +462,8 @@ def test_scale_and_rotation_are_absolute_under_the_cache():
 
 
 def test_fixed_shapes_are_as_exact():
-    """After `fix_shapes` every ring is met whole and masked; over three wraps of the window, from a prompt shorter than it."""
+    """After `fix_shapes` every ring is met whole and masked; over three wraps of the window, from a
+    prompt shorter than it."""
     for pattern in ("rrrN", "Nrrr", "rn", "R"):
         model, tokens = tiny(pattern), text(2, 20)
         expected, cache = model(tokens), model.new_cache(2, 30)
@@ -468,21 +476,21 @@ def test_fixed_shapes_are_as_exact():
 
 
 def test_the_compiled_step_compiles_once():
-    """The same tokens as eager, over three wraps of the window and two prompts, and no recompilation."""
+    """The same tokens as eager, over three wraps of the window and two prompts, and no
+    recompilation."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile on CPU needs a C++ compiler")
     model, tokens = tiny("rN", dtype=torch.float32), text(2, 4)
-    expected = model.generate(tokens, 18)
-    model.compile_decoding()
-    with torch._dynamo.config.patch(
-        error_on_recompile=True
-    ):  # monkeypatch would leave torch's config without the entry
-        assert torch.equal(model.generate(tokens, 18), expected)
+    expected = model.generate(tokens, 14)
+    write = lambda: torch.stack(list(stream(model, tokens, 14, compiled=True)), 1)
+    assert torch.equal(write(), expected[:, 4:])
+    # monkeypatch would leave torch's config without the entry
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(write(), expected[:, 4:])
 
 
-def test_the_compiled_step_knows_the_end():
+def test_the_compiled_step_knows_the_end(monkeypatch):
     model = tiny("rN")
-    cache = model.new_cache(1, 4)
-    model._compiled_step = model._logits_after  # what is compiled, not compiled
+    monkeypatch.setattr(engine, "compiled_logits", lambda graphs: engine.logits_after)
     with pytest.raises(ValueError, match="larger max_length"):
-        model.generate(text(1, 3), 8, cache=cache)
+        list(stream(model, text(1, 3), 8, cache=model.new_cache(1, 4), compiled=True))

@@ -1,6 +1,8 @@
-"""What only a CUDA device can show: FlexAttention's kernels, bfloat16 autocast, torch.compile, and checkpoints that leave the GPU.
+"""What only a CUDA device can show: FlexAttention's kernels, bfloat16 autocast, torch.compile, and
+checkpoints that leave the GPU.
 
-Skipped elsewhere. Head widths are 32 or more, since FlexAttention's CUDA kernels take no fewer than 16.
+Skipped elsewhere. Head widths are 32 or more, since FlexAttention's CUDA kernels take no fewer than
+16.
 """
 
 import copy
@@ -9,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model as model_module
-from attention import attend, attention_weights, flex_mask
+import fast.loss as loss_module
+from attention import attend, attention_weights, visible
+from engine import stream
+from fast.kernels import flex_mask
 from model import ModelConfig, Transformer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -25,6 +29,7 @@ CONFIG = dict(
     pattern="rrrN",
     window=64,
 )
+# (length, window)
 SHAPES = [
     (1, 1),
     (64, 200),
@@ -35,9 +40,10 @@ SHAPES = [
     (1000, 128),
     (1024, None),
     (700, None),
-]  # (length, window)
-# The largest error, relative to the largest entry. float32: 1,000 terms in another order, and exp2 for exp, about 2^-20;
-# bfloat16: inputs are the same numbers, and weights and results are rounded to 2^-9 on the way, a few times in a gradient.
+]
+# The largest error, relative to the largest entry. float32: 1,000 terms in another order, and exp2
+# for exp, about 2^-20; bfloat16: inputs are the same numbers, and weights and results are rounded
+# to 2^-9 on the way, a few times in a gradient.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
@@ -70,9 +76,8 @@ def compare(backend, inputs, window):
         torch.autograd.grad(expected, exact, upstream.double()),
     )
     for name, got, want in gradients:
-        if name != "v" and (
-            window == 1 or out.shape[2] == 1
-        ):  # one key has weight 1: the exact gradient is 0
+        # one key has weight 1: the exact gradient is 0
+        if name != "v" and (window == 1 or out.shape[2] == 1):
             assert got.abs().max() < 10 * tolerance
         else:
             assert_near(got, want, tolerance, f"the gradient of {name}")
@@ -80,7 +85,8 @@ def compare(backend, inputs, window):
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Each test may compile its own shapes: past a limit of recompilations FlexAttention would refuse or run unfused."""
+    """Each test may compile its own shapes: past a limit of recompilations FlexAttention would
+    refuse or run unfused."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -113,8 +119,8 @@ def test_flex_over_changing_lengths_and_windows():
 
 
 def test_flex_counts_its_keys():
-    """Equal scores, and values that are one-hot by key (64 keys at a time, a width that the kernel takes): row i shows
-    min(i + 1, W) of them."""
+    """Equal scores, and values that are one-hot by key (64 keys at a time, a width that the kernel
+    takes): row i shows min(i + 1, W) of them."""
     t, window = 320, 130
     q = k = torch.zeros(1, 1, t, 64, device="cuda")
     eye = torch.eye(t, device="cuda").view(t, t // 64, 64)
@@ -137,7 +143,7 @@ def test_flex_keeps_no_square():
     before = torch.cuda.memory_allocated()
     attend(q, k, v, 128, "flex").float().sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 2**29
-    assert flex_mask(32_768, 128, q.device).kv_num_blocks.device.type == "cuda"
+    assert flex_mask(32_768, 128, q.device, visible).kv_num_blocks.device.type == "cuda"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -145,7 +151,8 @@ def test_flex_keeps_no_square():
 @pytest.mark.parametrize("backend", ["sdpa", "banded"])
 @pytest.mark.parametrize("t,window", [(1, 1), (200, 64), (257, 1), (384, 129), (60, 64)])
 def test_windows_through_sdpa(backend, heads, dtype, t, window):
-    """A mask together with enable_gqa would fall to the kernel that writes out all scores; ours repeats the keys instead."""
+    """A mask together with enable_gqa would fall to the kernel that writes out all scores; ours
+    repeats the keys instead."""
     compare(backend, qkv(t, heads, dtype=dtype), window)
 
 
@@ -176,9 +183,10 @@ def step(model, loss_of, tokens, targets, autocast):
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         loss = loss_of(tokens, targets)
     loss.backward()
+    # ssmax: N layers alone use theirs
     return loss.item(), {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }  # ssmax: N layers alone use theirs
+    }
 
 
 def assert_same_step(got, expected, tolerance):
@@ -219,8 +227,8 @@ def test_every_backend_trains_alike(pattern, more):
 )
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "flex"])
 def test_bfloat16_autocast_step(backend, pattern, more):
-    """The master weights stay float32; q, k and v may come in two kinds, since LayerNorm gives float32 (qk_norm).
-    bfloat16 has 8 bits: the loss to 1%, gradients to 10% of their norm."""
+    """The master weights stay float32; q, k and v may come in two kinds, since LayerNorm gives
+    float32 (qk_norm). bfloat16 has 8 bits: the loss to 1%, gradients to 10% of their norm."""
     model, tokens, targets = model_and_batch(pattern=pattern, **more)
     expected = step(model, model.loss, tokens, targets, autocast=False)
     model.backend = backend
@@ -237,9 +245,8 @@ def test_compiled_step_equals_eager(pattern, more, autocast):
     model, tokens, targets = model_and_batch(pattern=pattern, **more)
     eager = step(model, model.loss, tokens, targets, autocast)
     compiled = step(model, torch.compile(model.loss), tokens, targets, autocast)
-    assert_same_step(
-        compiled, eager, 0.1 if autocast else 1e-3
-    )  # fusion rounds less often than eager bfloat16 does
+    # fusion rounds less often than eager bfloat16 does
+    assert_same_step(compiled, eager, 0.1 if autocast else 1e-3)
 
 
 def test_compiled_steps_learn():
@@ -260,15 +267,14 @@ def test_recomputation_gives_the_same_gradients():
     model, tokens, targets = model_and_batch()
     plain = step(model, model.loss, tokens, targets, autocast=True)
     model.recompute = True
-    assert_same_step(
-        step(model, model.loss, tokens, targets, autocast=True), plain, 1e-2
-    )  # Flex's backward adds in any order
+    # Flex's backward adds in any order
+    assert_same_step(step(model, model.loss, tokens, targets, autocast=True), plain, 1e-2)
 
 
 def test_loss_by_chunks_equals_cross_entropy(monkeypatch):
     model, tokens, targets = model_and_batch(logit_scale=0.5)
-    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cuda", 100 * 512)
-    monkeypatch.setattr(model_module, "LEAST_ROWS", 1)
+    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cuda", 100 * 512)
+    monkeypatch.setattr(loss_module, "LEAST_ROWS", 1)
     whole = lambda tokens, targets: F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     assert_same_step(
         step(model, model.loss, tokens, targets, False),
@@ -293,9 +299,8 @@ def test_cached_equals_uncached_on_cuda():
 
 def test_a_checkpoint_from_cuda_loads_on_cpu(tmp_path):
     model, tokens, targets = model_and_batch(100)
-    step(
-        model, torch.compile(model.loss), tokens, targets, autocast=True
-    )  # a compiled model has no prefix in its names
+    # a compiled model has no prefix in its names
+    step(model, torch.compile(model.loss), tokens, targets, autocast=True)
     model.save_pretrained(tmp_path / "saved")
     loaded = Transformer.from_pretrained(tmp_path / "saved", device="cpu")
     assert loaded.config == model.config
@@ -309,13 +314,12 @@ def test_a_checkpoint_from_cuda_loads_on_cpu(tmp_path):
 
 
 def test_the_decode_step_is_a_cuda_graph():
-    """Compiled and captured, over three wraps of the window: the same greedy tokens as eager in float32."""
+    """Compiled and captured, over three wraps of the window: the same greedy tokens as eager in
+    float32."""
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**CONFIG | {"window": 16})).cuda().eval()
     tokens = torch.randint(512, (2, 20), device="cuda")
-    expected = model.generate(tokens, 60)
-    model.compile_decoding()
-    assert torch.equal(model.generate(tokens, 60), expected)
-    assert torch.equal(
-        model.generate(tokens[:, :7], 30), Transformer.generate(model, tokens[:, :7], 30)
-    )
+    for prompt, count in ((tokens, 60), (tokens[:, :7], 30)):
+        expected = model.generate(prompt, count)[:, prompt.shape[1] :]
+        written = torch.stack(list(stream(model, prompt, count, compiled=True)), 1)
+        assert torch.equal(written, expected)

@@ -1,4 +1,5 @@
-"""model.py: patterns, who reaches whom (by gradient), the layer against a slow written-out one, the loss, the counts."""
+"""model.py: patterns, who reaches whom (by gradient), the layer against a slow written-out one, the
+loss, the counts."""
 
 import math
 from collections import Counter
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention
-import model as model_module
-from attention import LayerSpec, rotary_frequencies, rotary_table, rotate
+import fast.loss as loss_module
+from attention import LayerSpec, rotary_table, rotate, scaled_frequencies
 from model import ModelConfig, Transformer, layer_plan
 
 V = 23
@@ -199,7 +200,8 @@ def test_causal_by_gradient(pattern, backend):
 @pytest.mark.parametrize("letter", ["r", "n"])
 @pytest.mark.parametrize("window,n_layer", [(1, 3), (2, 1), (2, 4), (5, 2), (9, 3)])
 def test_windows_alone_reach_this_far_and_no_further(letter, window, n_layer):
-    """A query sees window - 1 tokens before itself, and each layer reaches that much further: n_layer (W - 1) + 1."""
+    """A query sees window - 1 tokens before itself, and each layer reaches that much further:
+    n_layer (W - 1) + 1."""
     t = 40
     seen = reached(tiny(letter, n_layer, window), t, t - 1)
     np.testing.assert_array_equal(seen, np.arange(t) >= t - (n_layer * (window - 1) + 1))
@@ -210,8 +212,9 @@ def last_logits(model, tokens):
 
 
 def test_order_of_the_past():
-    """NoPE alone is a bag of words: one N layer cannot tell the order of what came before. Two can, since the middle of the
-    sequence has seen different prefixes; and one R layer can, which is what rotation is for."""
+    """NoPE alone is a bag of words: one N layer cannot tell the order of what came before. Two can,
+    since the middle of the sequence has seen different prefixes; and one R layer can, which is what
+    rotation is for."""
     tokens = text(1, 12)
     shuffled = torch.cat(
         (tokens[:, torch.randperm(11, generator=torch.Generator().manual_seed(3))], tokens[:, -1:]),
@@ -231,7 +234,8 @@ def test_order_of_the_past():
 )
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_nope_on_a_constant_text_is_uniform(pattern, window, t, backend):
-    """Equal tokens without positions have equal scores: the weight of each visible key is 1 / (number of visible keys)."""
+    """Equal tokens without positions have equal scores: the weight of each visible key is 1 /
+    (number of visible keys)."""
     model, weights = tiny(pattern, 2, window), []
     model.backend = backend
     logits = model(torch.full((2, t), 7), weights=weights)
@@ -242,9 +246,8 @@ def test_nope_on_a_constant_text_is_uniform(pattern, window, t, backend):
             count = min(i + 1, spec.window or t)
             expected = torch.zeros(t, dtype=w.dtype)
             expected[i + 1 - count : i + 1] = 1 / count
-            torch.testing.assert_close(
-                w[:, :, i], expected.expand(2, 4, t), rtol=0, atol=1e-14
-            )  # float64; scores equal to a rounding
+            # float64; scores equal to a rounding
+            torch.testing.assert_close(w[:, :, i], expected.expand(2, 4, t), rtol=0, atol=1e-14)
     torch.testing.assert_close(logits, logits[:, :1].expand_as(logits), rtol=0, atol=1e-12)
 
 
@@ -309,7 +312,8 @@ def attention_by_hand(layer, h, spec, theta, norm_first=True, scale=None):
 
 
 def model_by_hand(model, tokens, **more):
-    """Logits of one sequence by the paper's formulas: x + attn(LN(x)) + mlp(LN(x)), one norm for both."""
+    """Logits of one sequence by the paper's formulas: x + attn(LN(x)) + mlp(LN(x)), one norm for
+    both."""
     c = model.config
     w = {name: p.detach().numpy() for name, p in model.named_parameters()}
     x = w["embed_tokens.weight"][tokens]
@@ -345,7 +349,8 @@ def model_by_hand(model, tokens, **more):
 def test_the_model_is_the_formula(pattern, more):
     model, tokens = tiny(pattern, **more), text(2, 11)
     for row in range(2):
-        # float64 except for the float32 rotary table: angles below 11 are off by 11 x 2^-23 = 1.3e-6 rad, logits are about 5
+        # float64 except for the float32 rotary table: angles below 11 are off by 11 x 2^-23 =
+        # 1.3e-6 rad, logits are about 5
         np.testing.assert_allclose(
             model(tokens)[row].detach(),
             model_by_hand(model, tokens[row]),
@@ -354,7 +359,8 @@ def test_the_model_is_the_formula(pattern, more):
 
 
 def test_qk_norm_comes_before_the_rotation():
-    """The order matters since LayerNorm takes the mean off and has a gain per dimension; swapped, the test above must fail."""
+    """The order matters since LayerNorm takes the mean off and has a gain per dimension; swapped,
+    the test above must fail."""
     model, tokens = tiny("R", qk_norm=True), text(1, 11)[0]
     got = model(tokens[None])[0].detach().numpy()
     assert np.abs(got - model_by_hand(model, tokens)).max() < 1e-4
@@ -366,14 +372,17 @@ def test_qk_norm_comes_before_the_rotation():
 def test_length_scale_acts_on_q_of_full_nope_layers_alone(kind):
     model, tokens = tiny("N", length_scale=kind, length_base=4), text(1, 11)
     n = np.arange(11)
-    scale = {"swan": np.log(4 + n) / np.log(4), "llama4": 1 + 0.1 * np.log(1 + (n + 1) // 4),
-             "drope": 1 + 0.412 * np.log(np.maximum((n + 1) / 4, 1)), "ssmax": np.log(np.maximum(n + 1, 2))}[kind][:, None, None]  # fmt: skip
+    scale = {
+        "swan": np.log(4 + n) / np.log(4),
+        "llama4": 1 + 0.1 * np.log(1 + (n + 1) // 4),
+        "drope": 1 + 0.412 * np.log(np.maximum((n + 1) / 4, 1)),
+        "ssmax": np.log(np.maximum(n + 1, 2)),
+    }[kind][:, None, None]
     if kind == "ssmax":
         scale = scale * model.layers[0].self_attn.s_scale.detach().numpy()[:, None]
     expected = model_by_hand(model, tokens[0], scale=scale)
-    np.testing.assert_allclose(
-        model(tokens)[0].detach(), expected, atol=1e-5
-    )  # the scale is float32
+    # the scale is float32
+    np.testing.assert_allclose(model(tokens)[0].detach(), expected, atol=1e-5)
     for pattern in ("R", "r", "n"):  # elsewhere the switch does nothing
         model.config = replace(model.config, pattern=pattern)
         with_scale = model(tokens)
@@ -398,15 +407,14 @@ def test_rope_scaling_reaches_the_layers(scaling):
         tiny("R", rope_scaling=scaling, rope_factor=4.0, rope_original_length=16),
         text(1, 11),
     )
-    frequencies, amplitude = rotary_frequencies(4, 10_000.0, scaling, 4.0, 16)
+    frequencies, amplitude = scaled_frequencies(4, 10_000.0, scaling, 4.0, 16)
     stream, layer = [], model.layers[0]
     model.hidden(tokens, layers=stream)
     h = layer.input_layernorm(stream[0])
     table = rotary_table(torch.arange(11), frequencies, amplitude)
-    q, k, v = (getattr(layer.self_attn, f"{x}_proj")(h).unflatten(-1, (-1, 4)) for x in "qkv")
-    y = attention.attend(
-        *(x.transpose(1, 2) for x in (rotate(q, table), rotate(k, table), v)), backend="reference"
-    )
+    split = lambda x: x.unflatten(-1, (-1, 4)).transpose(1, 2)
+    q, k, v = (split(getattr(layer.self_attn, f"{x}_proj")(h)) for x in "qkv")
+    y = attention.attend(rotate(q, table), rotate(k, table), v, backend="reference")
     expected = stream[0] + layer.self_attn.o_proj(y.transpose(1, 2).flatten(2)) + layer.mlp(h)
     torch.testing.assert_close(stream[1], expected, rtol=0, atol=1e-12)
 
@@ -434,9 +442,8 @@ def test_an_unknown_backend_is_refused(pattern, cached):
 
 def test_one_mask_for_each_window(monkeypatch):
     made = []
-    monkeypatch.setattr(
-        model_module, "make_mask", lambda *a: made.append(a[1]) or attention.make_mask(*a)
-    )
+    kernel_for = attention.kernel_for
+    monkeypatch.setattr(attention, "kernel_for", lambda *a: made.append(a[0]) or kernel_for(*a))
     model = tiny("rrrN", n_layer=8)
     model.backend = "sdpa"
     model(text())
@@ -478,10 +485,11 @@ LOSSES = {
     ids=["tied", "scaled", "untied"],
 )
 def test_loss_is_cross_entropy(monkeypatch, more, ignored, weighted, chunk):
-    """By chunks (of one row, of seven, all at once) and against F.cross_entropy on whole logits, gradients too."""
+    """By chunks (of one row, of seven, all at once) and against F.cross_entropy on whole logits,
+    gradients too."""
     if chunk:
-        monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", chunk)
-        monkeypatch.setattr(model_module, "LEAST_ROWS", 1)
+        monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", chunk)
+        monkeypatch.setattr(loss_module, "LEAST_ROWS", 1)
     model, tokens, targets = tiny("rN", **more), text(2, 9), text(2, 9, seed=5)
     if ignored:
         targets[0, :4] = targets[1, -1] = -100
@@ -531,7 +539,8 @@ def test_micro_batches_add_up():
 
 
 def test_loss_in_bfloat16():
-    """A bfloat16 model keeps log-softmax and the sum in float32, and hands each parameter a gradient of its own kind."""
+    """A bfloat16 model keeps log-softmax and the sum in float32, and hands each parameter a
+    gradient of its own kind."""
     model, tokens = tiny("rN", dtype=torch.bfloat16), text()
     loss = model.loss(tokens, tokens)
     expected = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
@@ -629,16 +638,14 @@ def test_the_vocabulary_multiplies_once():
     ids=["tied", "untied", "qk_norm"],
 )
 def test_flops_are_counted_right(monkeypatch, more):
-    """6 N a token, forward and backward, by PyTorch's own counter with attention taken out; in chunks of the loss too."""
-    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 7 * V)
-    monkeypatch.setattr(model_module, "LEAST_ROWS", 1)
+    """6 N a token, forward and backward, by PyTorch's own counter with attention taken out; in
+    chunks of the loss too."""
+    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 7 * V)
+    monkeypatch.setattr(loss_module, "LEAST_ROWS", 1)
     model, tokens = Transformer(config("rrrN", **more)), text(2, 20)
     # a stand-in for the kernel: the right shape, no products, and a gradient for each of q, k and v
-    monkeypatch.setattr(
-        attention,
-        "attend",
-        lambda q, k, v, *_: q + v.repeat_interleave(q.shape[1] // v.shape[1], 1) * k.mean(),
-    )
+    kernel = lambda q, k, v: q + v.repeat_interleave(q.shape[1] // v.shape[1], 1) * k.mean()
+    monkeypatch.setattr(attention, "kernel_for", lambda *_: kernel)
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, tokens).backward()
     assert counter.get_total_flops() == 6 * model.matmul_parameters() * tokens.numel()
@@ -711,7 +718,8 @@ def test_generate_refuses(message, tokens, more):
 
 
 def test_a_compiled_loss_at_one_length_after_another():
-    """As `train.py --compile` goes from phase to phase: the second length is where dynamo makes lengths symbolic."""
+    """As `train.py --compile` goes from phase to phase: the second length is where dynamo makes
+    lengths symbolic."""
     model = tiny("rN")
     loss = torch.compile(model.loss, backend="eager")
     for t in (70, 140, 300, 1100, 70):

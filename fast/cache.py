@@ -1,0 +1,155 @@
+"""The KV cache: what a token has to remember of those before it, and no more."""
+
+from copy import copy
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys (rotated) and values of every layer: of a full layer all, up to `max_length`, of a
+    windowed one the last `window`.
+
+    Each layer is a ring of rows, position p in slot p mod rows; a full layer's ring never comes
+    round. Every slot knows its absolute position (-1: empty), and the mask is made from positions,
+    so that any chunking of a prompt gives the same attention: softmax does not mind the order of
+    the slots. (A mask by slot order would leak the future.)
+
+    A step is `advance(t)`, once, and then `extend(layer, k, v)` for each layer.
+    """
+
+    def __init__(
+        self,
+        plan: list,  # of LayerSpec; the cache looks at their windows
+        batch_size: int,
+        n_kv_head: int,
+        head_dim: int,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        if batch_size < 1 or max_length < 1:
+            raise ValueError(
+                f"a cache of {batch_size} rows of {max_length} tokens holds nothing: "
+                "use 1 or more of both"
+            )
+        self.plan, self.max_length, self.length = list(plan), max_length, 0
+        self.rows = [self.ring(spec.window) for spec in plan]
+
+        def empty() -> list[Tensor]:
+            shapes = [(batch_size, n_kv_head, rows, head_dim) for rows in self.rows]
+            return [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+
+        self.k, self.v = empty(), empty()
+        # By the size of the ring: the position in each slot, and of the present step the slots that
+        # its newest keys go to and the positions of the keys that its queries meet.
+        self.positions = {rows: torch.full((rows,), -1, device=device) for rows in set(self.rows)}
+        self.slots: dict[int, Tensor] = {}
+        self.met: dict[int, Tensor] = {}
+        self.clock: Tensor | None = None  # see `fix_shapes`
+
+    def ring(self, window: int | None) -> int:
+        """Rows of a layer that sees `window` keys."""
+        return min(window or self.max_length, self.max_length)
+
+    def advance(self, t: int) -> Tensor:
+        """Make room for the next t tokens -> their positions (t). Raises ValueError, and changes
+        nothing, when they do not fit."""
+        if self.clock is None:
+            self.reserve(t)
+            q_pos = torch.arange(self.length - t, self.length, device=self.k[0].device)
+        else:
+            q_pos = self.clock.clone()
+            self.clock += t
+        self.slots, self.met = {}, {}
+        for rows, held in self.positions.items():
+            newest = q_pos if t <= rows else q_pos[-rows:]
+            self.slots[rows] = newest % rows
+            if self.overflows(rows, t):
+                self.met[rows] = torch.cat((held[: min(self.length - t, rows)], q_pos))
+                held.index_copy_(0, self.slots[rows], newest)
+            else:
+                held.index_copy_(0, self.slots[rows], newest)
+                self.met[rows] = held if self.is_whole(rows) else held[: self.length]
+        return q_pos
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's k and v (b k t d) of the tokens just advanced over -> the keys and values
+        that their queries meet (b k s d), at the positions `key_positions`."""
+        rows, t = self.rows[layer], k.shape[2]
+        k_held, v_held, slots = self.k[layer], self.v[layer], self.slots[rows]
+        k, v = k.to(k_held.dtype), v.to(k_held.dtype)
+        if self.overflows(rows, t):
+            held = min(self.length - t, rows)
+            k_met = torch.cat((k_held[:, :, :held], k), dim=2)
+            v_met = torch.cat((v_held[:, :, :held], v), dim=2)
+            k_held.index_copy_(2, slots, k[:, :, -rows:])
+            v_held.index_copy_(2, slots, v[:, :, -rows:])
+            return k_met, v_met
+        k_held.index_copy_(2, slots, k)
+        v_held.index_copy_(2, slots, v)
+        if self.is_whole(rows):
+            return k_held, v_held
+        return k_held[:, :, : self.length], v_held[:, :, : self.length]
+
+    def key_positions(self, window: int | None) -> Tensor:
+        """(s) positions of the keys that this step's queries meet in layers of that window."""
+        return self.met[self.ring(window)]
+
+    def overflows(self, rows: int, t: int) -> bool:
+        """Must the queries of a chunk meet keys that the ring has no room for beside the newest?
+        One token, or a ring that never comes round, need not."""
+        return t > 1 and rows < self.max_length
+
+    def is_whole(self, rows: int) -> bool:
+        """Do queries meet every row of a ring? Else those up to `length`."""
+        return self.clock is not None or self.length >= rows
+
+    @property
+    def is_empty(self) -> bool:
+        """Has it read nothing yet, so that what comes next is a whole sequence?"""
+        return self.clock is None and self.length == 0
+
+    def all_visible(self, t: int) -> bool:
+        """Does each of t queries see every key that it meets? One does, of a cache that shows only
+        what it holds."""
+        return t == 1 and self.clock is None
+
+    def fix_shapes(self) -> None:
+        """From here on one token at a time, at shapes that never change, so that the step can be
+        compiled and captured into a CUDA graph: time is a tensor, every row of a ring is met, and
+        empty ones are masked. Whoever steps calls `reserve`."""
+        self.clock = torch.tensor([self.length], device=self.k[0].device)
+
+    def check_room(self, t: int) -> None:
+        """ValueError where t more tokens do not fit."""
+        if self.length + t > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens and has {self.length}: "
+                f"{t} more need a larger max_length"
+            )
+
+    def reserve(self, t: int) -> None:
+        """Count t more tokens. Raises ValueError, and changes nothing, when they do not fit."""
+        self.check_room(t)
+        self.length += t
+
+    def fork(self, n: int) -> "KVCache":
+        """A copy in which every row stands n times: n continuations of one prompt."""
+        twin = copy(self)
+        twin.k = [x.repeat_interleave(n, dim=0) for x in self.k]
+        twin.v = [x.repeat_interleave(n, dim=0) for x in self.v]
+        twin.positions = {rows: held.clone() for rows, held in self.positions.items()}
+        twin.clock = None if self.clock is None else self.clock.clone()
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache holds, all of them allocated from the start."""
+        return sum(x.nbytes for x in (*self.k, *self.v, *self.positions.values()))
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of keys and values if every layer held everything."""
+        per_token = sum(x.nbytes // x.shape[2] for x in (*self.k, *self.v))
+        return per_token * self.max_length

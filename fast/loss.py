@@ -1,0 +1,60 @@
+"""Cross-entropy of a large vocabulary by chunks of rows, gradients made on the way."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Elements (rows v) of logits that stand in memory at a time; on CPU what its cache holds.
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+LEAST_ROWS = 256  # each chunk also adds to the whole (v c) gradient of the output matrix
+
+
+def linear_cross_entropy(
+    hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor, scale: float
+) -> Tensor:
+    """Sum of weights x cross-entropy of the logits scale x hidden matrix^T, a scalar in float32 at
+    least: hidden (n c), matrix (v c), targets and weights (n); a target of -100 does not count.
+
+    Equal to torch's `cross_entropy` of whole logits, which for a long context and a large
+    vocabulary are the largest tensor of a training step.
+    """
+    wanted = torch.is_grad_enabled()
+    return LinearCrossEntropy.apply(hidden, matrix, targets, weights, scale, wanted)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The gradient of the logits is softmax - one-hot, known as soon as the logits are; so each
+    chunk of rows turns its logits into gradients at once, and (n v) logits never stand in memory.
+    `wanted`: will there be a backward pass?"""
+
+    @staticmethod
+    def forward(ctx, hidden, matrix, targets, weights, scale, wanted) -> Tensor:
+        counted = targets != -100
+        targets = targets.masked_fill(~counted, 0)
+        weights = (weights * counted).to(torch.promote_types(hidden.dtype, torch.float32))
+        matrix = matrix.to(hidden.dtype)
+        total = torch.zeros((), device=hidden.device, dtype=weights.dtype)
+        d_hidden = torch.empty_like(hidden) if wanted else None
+        d_matrix = torch.zeros_like(matrix, dtype=weights.dtype) if wanted else None
+        at_once = LOGITS_AT_ONCE.get(hidden.device.type, 2**26)
+        rows = max(at_once // matrix.shape[0], LEAST_ROWS)
+        for i in range(0, len(hidden), rows):
+            h, y, w = hidden[i : i + rows], targets[i : i + rows], weights[i : i + rows]
+            logp = F.linear(scale * h, matrix).to(w.dtype).log_softmax(-1)
+            # Not `total +=`: torch 2.11 would compile that to gradients of zero.
+            total = total + F.nll_loss(logp, y, reduction="none").dot(w)
+            if wanted:
+                d_logits = logp.exp_()
+                d_logits[torch.arange(len(y), device=y.device), y] -= 1
+                d_logits = d_logits.mul_((scale * w)[:, None]).to(h.dtype)
+                d_hidden[i : i + rows] = d_logits @ matrix
+                d_matrix += d_logits.T @ h
+        ctx.save_for_backward(d_hidden, d_matrix)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total: Tensor):
+        d_hidden, d_matrix = ctx.saved_tensors
+        return d_total * d_hidden, d_total * d_matrix, None, None, None, None
