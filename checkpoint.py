@@ -7,6 +7,7 @@ under a model_type of our own, so that transformers refuses it rather than run s
 Here a model is plain data: a dict of ModelConfig's fields, and a state dict. This file imports nothing of ours.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -121,6 +122,11 @@ def to_cohere2(config: dict, dtype: str) -> dict | None:
     }
 
 
+def to_json(config: dict, dtype: str = "float32") -> dict:
+    """What config.json says of ModelConfig's fields."""
+    return to_cohere2(config, dtype) or {"model_type": OURS, **config}
+
+
 def load_config(path: str | Path) -> dict:
     """ModelConfig's fields from the config.json in folder `path`: ours, or any Hugging Face Cohere2's of 4.48 or later.
 
@@ -131,7 +137,7 @@ def load_config(path: str | Path) -> dict:
         raise FileNotFoundError(
             f"{file} not found: give a checkpoint's folder; `python train.py` makes one"
         )
-    raw = _read_json(file)
+    raw = read_json(file)
     if raw.get("model_type") == OURS:
         return {key: value for key, value in raw.items() if key != "model_type"}
     try:
@@ -249,7 +255,7 @@ def _typed(raw: dict, key: str, kind: type, default):
     return kind(value)
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
     try:
         raw = json.loads(file.read_bytes())
     except ValueError as error:  # bad JSON, bad UTF-8
@@ -276,7 +282,7 @@ def save(path: str | Path, config: dict, state_dict: dict[str, torch.Tensor]) ->
         for name, t in state_dict.items()
     }
     dtype = str(state_dict["embed_tokens.weight"].dtype).removeprefix("torch.")
-    content = to_cohere2(config, dtype) or {"model_type": OURS, **config}
+    content = to_json(config, dtype)
     _replace(
         folder / "model.safetensors",
         lambda file: save_file(tensors, file, metadata={"format": "pt"}),
@@ -348,7 +354,7 @@ def _shards(folder: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{single} not found, nor an index of shards: copy the weights there (pickled ones are not read)"
         )
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if (
         not isinstance(names, dict)
         or not names
@@ -379,7 +385,7 @@ def _open(file: Path) -> Iterator:
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Files that are whole or absent, whenever the process is killed
 
 
@@ -387,14 +393,18 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
     partial = file.with_name(file.name + ".partial")
     try:
         write(partial)
-        _sync(partial)
+        sync(partial)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make sure that a file or folder is on the disk. Windows opens no folder, and syncs a file
+    only through a handle that may write."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -403,7 +413,9 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` (new) that becomes `path` when the block ends, and vanishes when the block fails."""
+    """Yield an empty folder beside `path` that becomes `path` when the block ends, and vanishes
+    when the block fails. Where `path` is there already, what is new in it takes the place of what
+    has the same name; files come last."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # a process that was killed left it
@@ -411,19 +423,63 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.rglob("*"):
-            _sync(file)
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
+            sync(file)
+        sync(partial)
+        if path.is_dir():
+            for new in sorted(partial.iterdir(), key=lambda new: new.is_file()):
+                _remove(path / new.name)
+                os.replace(new, path / new.name)
+        else:
+            os.replace(partial, path)
+        sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def point(link: str | Path, target: str | Path) -> None:
-    """Make `link` a relative symlink to `target`, replacing the former one in a single step."""
-    link = Path(link)
+    """Make `link` a relative symlink to the folder `target`, replacing the former one in a single
+    step; a copy of the folder where the disk or the system has no links."""
+    link, target = Path(link), Path(target)
     partial = link.with_name(link.name + ".partial")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(os.path.relpath(target, link.parent))
+    _remove(partial)
+    try:
+        partial.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    except OSError:
+        shutil.copytree(target, partial)
+        _remove(link)  # a folder cannot be replaced by another one
     os.replace(partial, link)
-    _sync(link.parent)
+    sync(link.parent)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+CHECKSUMS = "checksums.json"  # of a folder's other files
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the sha256 of every file of the folder beside them."""
+    text = json.dumps(_checksums(folder), indent=1) + "\n"
+    _replace(folder / CHECKSUMS, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def verify_checksums(folder: Path) -> None:
+    """ValueError where a file is not what its checksum says. Without checksums (of an earlier
+    version, or Hugging Face's) there is nothing to compare."""
+    if (folder / CHECKSUMS).is_file():
+        found = _checksums(folder)
+        for name, digest in read_json(folder / CHECKSUMS).items():
+            if name not in found:
+                raise FileNotFoundError(f"{folder / name} not found: copy it from where it came")
+            if found[name] != digest:
+                raise ValueError(f"{folder / name} is damaged: its checksum is another")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    digests = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name != CHECKSUMS:
+            with open(file, "rb") as stream:
+                digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests

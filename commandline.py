@@ -1,10 +1,11 @@
-"""One way to read a command line, and one way to fail: a line that says what and the mend, status 2."""
+"""One way to read a command line, and one way to fail: a line with the mend, and status 2."""
 
 import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import NoReturn
 
@@ -46,28 +47,127 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def fail(error: BaseException | str) -> NoReturn:
-    """Print `error: ...` as one line to stderr and exit with status 2."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    """Print `error: ...` as one line to stderr and exit with status 2. Of several processes that
+    torchrun has started, which all meet the same, the first one speaks."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.exit()
+    line = " ".join(str(error).split())
+    print(
+        "error:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr
+    )
     sys.exit(2)
 
 
 def guarded(main: Callable) -> Callable:
-    """`main(argv)` as a command: bad input, a full disk, exhausted memory, a loss that is not finite
-    and an interrupt end in one line and status 2; a reader of our output that has gone, in silence."""
+    """`main(argv)` as a command: bad input, a full disk, exhausted memory, a loss that is not
+    finite and an interrupt end in one line and status 2. A reader of our output that has gone ends
+    it in silence, and what a terminal cannot show is replaced."""
 
     @wraps(main)
     def command(argv: list[str] | None = None) -> None:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None:  # closed by the shell
+                setattr(sys, name, open(os.devnull, "w"))
+            elif hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         try:
             main(argv)
-        except BrokenPipeError:  # nothing is left to say, not even at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.stdout.flush()
+        except BrokenPipeError:
+            silence(sys.stdout)
         except KeyboardInterrupt as error:
             fail(str(error) or "interrupted")
-        except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-            fail(error if str(error) else "out of memory")
-        except RuntimeError as error:  # PyTorch's own way to say so, on CPU too
-            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        except RecursionError:
+            fail("the input is nested too deeply: it is damaged")
+        except (ValueError, OSError, FloatingPointError) as error:
+            fail(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
-            fail(f"out of memory: {error}")
+            fail(f"out of memory: {error}" if str(error) else "out of memory: ask for less")
+        except BaseException as error:  # a panic of the regex engine is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            fail(f"the regex engine gave up on this text ({error})")
 
     return command
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Has memory run out? PyTorch says so by its own class on a GPU, in words on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+
+
+def silence(stream) -> None:
+    """Send what is left in a stream whose reader has gone to nobody, so that its last flush, at
+    exit, does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Unheard:
+    """A text stream that goes on when its reader has gone or its disk is full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or drop."""
+        try:
+            return self.stream.write(text)
+        except OSError:
+            silence(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop."""
+        try:
+            self.stream.flush()
+        except OSError:
+            silence(self.stream)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Within it nobody need read our output: what cannot be written is dropped."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Unheard, streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def choose_device(name: str | None):
+    """The torch.device of --device, and whether it is a GPU that multiplies bfloat16 natively; of
+    several processes each takes a GPU of its own. ValueError where there is no such device."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is unknown: use cuda, cpu or mps") from None
+    available = {"cpu": True, "cuda": torch.cuda.is_available()}
+    available["mps"] = torch.backends.mps.is_available()
+    if not available.get(device.type, False):
+        raise ValueError(
+            f"--device {name}: this machine (or this build of torch) has none; use --device cpu"
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "cpu":
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if device.type != "cuda" or here > gpus:
+            raise ValueError(
+                f"--device {name}: this machine has {gpus} GPUs for {here} processes; start no "
+                "more with --nproc-per-node, or use --device cpu"
+            )
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    cuda = device.type == "cuda"
+    return device, cuda and torch.cuda.is_bf16_supported(including_emulation=False)

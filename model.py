@@ -21,8 +21,6 @@ from attention import Attention, Kernel, KVCache, LayerSpec, Shared
 from fast.kernels import sdpa
 from fast.loss import linear_cross_entropy
 
-MIMETIC = ("none", "nope", "all")  # layers whose queries begin half like their keys
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -109,7 +107,7 @@ class Transformer(nn.Module):
     """A decoder of `config.n_layer` blocks. How positions are treated is read from `config`, so
     `model.config = replace(model.config, pattern=...)` changes it and touches no parameter."""
 
-    def __init__(self, config: ModelConfig, mimetic: str = "nope"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.backend = "auto"  # the kernel of the windowed layers
@@ -119,7 +117,7 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(config.d_model, config.norm_eps, bias=False)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.initialise(mimetic)
+        self.initialise()
 
     @property
     def config(self) -> ModelConfig:
@@ -131,26 +129,15 @@ class Transformer(nn.Module):
         self._config, self.plan = config, layer_plan(config)
 
     @torch.no_grad()
-    def initialise(self, mimetic: str) -> None:
+    def initialise(self) -> None:
         """Matrices at fan_in^-0.5, the two that write to the residual stream smaller by
-        sqrt(2 n_layer), embeddings at 0.02.
-
-        A NoPE layer's queries begin half as its keys, at the same size: it finds things by what
-        they are, and like attending to like is where that begins (mimetic initialisation,
-        2305.09828). `mimetic` "none" leaves that out, "all" does it in RoPE layers too.
-        """
+        sqrt(2 n_layer), embeddings at 0.02."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 p.normal_(std=p.shape[1] ** -0.5)
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 p.div_((2 * self.config.n_layer) ** 0.5)
         self.embed_tokens.weight.normal_(std=0.02)
-        for block, spec in zip(self.layers, self.plan):
-            if mimetic == "all" or mimetic == "nope" and not spec.rope:
-                q, k = block.self_attn.q_proj.weight, block.self_attn.k_proj.weight
-                keys = k.unflatten(0, (self.config.n_kv_head, -1))
-                keys = keys.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=0)
-                q.mul_(0.75**0.5).add_(keys.flatten(0, 1), alpha=0.5)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, weights=None) -> Tensor:
         """Logits (b t v) of tokens (b t) int64. With a cache the tokens continue what it holds

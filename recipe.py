@@ -16,13 +16,15 @@ import tomllib
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 
 from attention import BACKENDS
 from commandline import CommandLine
 from data.corpus import DEFAULT_CORPUS
-from model import MIMETIC, ModelConfig
+from model import ModelConfig
 
+MIMETIC = ("none", "nope", "all")  # layers whose queries begin half like their keys
 OVERRIDES = (
     "pattern",
     "window",
@@ -152,13 +154,23 @@ class Recipe:
                 f"{where}length_scale 'ssmax' owns weights, so a phase cannot switch it on: put it under [model]"
             )
 
+    def stage_at(self, step: int) -> "Stage":
+        """The stage of a step; beyond the end, the last."""
+        stages = self.stages()
+        return next((stage for stage in stages if step < stage.end), stages[-1])
+
     @property
     def steps(self) -> int:
         """Of all phases."""
         return self.stretch * sum(phase.steps for phase in self.phase)
 
     def stages(self) -> list["Stage"]:
-        """The phases with every override carried forward, and the stretch that each learning-rate schedule covers."""
+        """The phases with every override carried forward, and the stretch that each learning-rate
+        schedule covers."""
+        return self._stages
+
+    @cached_property
+    def _stages(self) -> list["Stage"]:
         stages: list[Stage] = []
         config, start, since = self.model, 0, 0
         held = {name: getattr(self, name) for name in HELD}

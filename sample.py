@@ -5,159 +5,119 @@ python sample.py --checkpoint DIR --file story.txt --temperature 0.8 --top-k 50 
 cat story.txt | python sample.py                    the prompt from standard input
 """
 
-import argparse
 import codecs
-import os
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-from commandline import CommandLine, fail
+from commandline import CommandLine, choose_device, guarded
 from data.tokenizer import load_tokenizer
-from model import Transformer
-from run import choose_device
+from engine import stream
+from model import Transformer, check_settings
 
 
 def command_line() -> CommandLine:
     """The flags."""
-    parser = CommandLine(
-        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="default: the newest under out/"
-    )
-    parser.add_argument(
-        "--prompt",
-        help="text to continue (default: --file, or standard input where it is not a terminal)",
-    )
-    parser.add_argument("--file", type=Path, help="a file with the prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up p")
-    parser.add_argument(
-        "--samples", type=int, default=1, help="how many, decoded together; the first is streamed"
-    )
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--device", help="cuda, cpu or mps (default: cuda where there is one, else cpu)"
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser = CommandLine(prog="sample.py", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, metavar="DIR", help="default: the newest under out/")
+    add("--prompt", help="text to continue (default: --file, or standard input)")
+    add("--file", type=Path, help="a file with the prompt")
+    add("--max-new-tokens", type=int, default=200)
+    add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    add("--top-k", type=int, help="draw from the k likeliest tokens")
+    add("--top-p", type=float, help="draw from the likeliest tokens that make up p")
+    add("--samples", type=int, default=1, help="how many at once; the first is streamed")
+    add("--seed", type=int, default=1)
+    add("--device", help="cuda, cpu or mps (default: cuda where there is one, else cpu)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
     return parser
 
 
 def newest_checkpoint(root: Path = Path("out")) -> Path:
-    """The `last` of the run under `root` that was written to most recently. Raises FileNotFoundError where there is none."""
-    found = [link for link in root.glob("*/last") if (link / "config.json").is_file()]
-    if not found:
+    """The `last` of the run under `root` that was written to most recently. FileNotFoundError where
+    there is none."""
+    made = [last for last in root.glob("*/last") if (last / "config.json").is_file()]
+    if not made:
         raise FileNotFoundError(
-            f"no checkpoint under {root}/: `python train.py` makes one, or name one with --checkpoint"
+            f"no checkpoint under {root}/: `python train.py` makes one, or name one with "
+            "--checkpoint"
         )
-    return max(found, key=lambda link: (link / "config.json").stat().st_mtime)
+    return max(made, key=lambda last: (last / "config.json").stat().st_mtime)
 
 
-def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt's text. Raises ValueError where there is none, or it is not UTF-8."""
+def read_prompt(args: Namespace) -> str:
+    """The prompt's text. ValueError where there is none, or it is not UTF-8."""
     if args.prompt is not None and args.file is not None:
         raise ValueError("--prompt and --file both give a prompt: choose one")
     if args.prompt is not None:
-        text = args.prompt
-    elif args.file is not None or not sys.stdin.isatty():
-        try:
-            text = (
-                args.file.read_text(encoding="utf-8")
-                if args.file
-                else sys.stdin.buffer.read().decode("utf-8")
-            )
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"the prompt in {args.file or 'standard input'} is not UTF-8 ({error.reason} at byte {error.start})"
-            ) from None
+        where, raw = "--prompt", args.prompt.encode(errors="surrogateescape")
+    elif args.file is not None:
+        where, raw = args.file, args.file.read_bytes()
+    elif not sys.stdin.isatty():
+        where, raw = "standard input", sys.stdin.buffer.read()
     else:
         raise ValueError("no prompt: give --prompt TEXT, --file FILE, or text on standard input")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the prompt in {where} is not UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
     if not text:
         raise ValueError("the prompt is empty: give at least one character")
     return text
 
 
+@guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    try:
-        args = command_line().parse(argv)
-        if args.samples < 1:
-            raise ValueError(f"--samples {args.samples} must be at least 1")
-        device, _ = choose_device(args.device)
-        text = read_prompt(args)
-        path = args.checkpoint or newest_checkpoint()
-        tokenizer = load_tokenizer(path)
-        model = Transformer.from_pretrained(path, device, getattr(torch, args.dtype))
-        if tokenizer.n_vocab > model.config.vocab_size:
-            raise ValueError(
-                f"{path}: its tokenizer has {tokenizer.n_vocab} tokens and its model {model.config.vocab_size}"
-            )
-        prompt = torch.tensor(
-            [[tokenizer.bos_token, *tokenizer.encode_ordinary(text)]], device=device
-        )
-        settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-        model.check_settings(prompt, args.max_new_tokens, **settings)
-    except (ValueError, OSError) as error:
-        fail(error)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    try:
-        sample(
-            model,
-            tokenizer,
-            prompt.expand(args.samples, -1),
-            text,
-            args.max_new_tokens,
-            generator,
-            settings,
-        )
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
-    except (
-        BrokenPipeError
-    ):  # the reader of our output has gone; nothing is left to say, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    args = command_line().parse(argv)
+    if args.samples < 1:
+        raise ValueError(f"--samples {args.samples} must be at least 1")
+    device, _ = choose_device(args.device)
+    text = read_prompt(args)
+    path = args.checkpoint or newest_checkpoint()
+    tokenizer = load_tokenizer(path)
+    model = Transformer.from_pretrained(path, device, getattr(torch, args.dtype))
+    if tokenizer.n_vocab > model.config.vocab_size:
+        sizes = f"{tokenizer.n_vocab} tokens and its model {model.config.vocab_size}"
+        raise ValueError(f"{path}: its tokenizer has {sizes}")
+    prompt = torch.tensor([[tokenizer.bos_token, *tokenizer.encode_ordinary(text)]], device=device)
+    settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    check_settings(model.config, prompt, args.max_new_tokens, **settings)
+    settings["generator"] = torch.Generator(device).manual_seed(args.seed)
+    sample(model, tokenizer, prompt.expand(args.samples, -1), text, args.max_new_tokens, settings)
 
 
-def sample(
-    model: Transformer,
-    tokenizer,
-    prompt: torch.Tensor,
-    text: str,
-    new_tokens: int,
-    generator,
-    settings: dict,
-) -> None:
-    """Continue prompt (b t) in all rows at once: print the first as it comes, the others after it, then a line of what it took."""
-    cache = model.new_cache(len(prompt), prompt.shape[1] + new_tokens)
-    decoder = codecs.getincrementaldecoder("utf-8")(
-        "replace"
-    )  # holds back the bytes of an unfinished character
-    print(text, end="", flush=True)
+def sample(model, tokenizer, prompt: torch.Tensor, text: str, count: int, settings: dict) -> None:
+    """Continue prompt (b t) in all rows at once: print the first as it comes, the others after it,
+    then a line of what it took."""
+    cache, eot = model.new_cache(len(prompt), prompt.shape[1] + count), tokenizer.eot_token
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half a character
     started, times, rows = time.perf_counter(), [], []
-    for token in model.stream(
-        prompt, new_tokens, stop=tokenizer.eot_token, generator=generator, cache=cache, **settings
-    ):
+    print(text, end="", flush=True)
+    for token in stream(model, prompt, count, stop=eot, cache=cache, **settings):
         times.append(time.perf_counter())
         rows.append(token.tolist())
-        if rows[-1][0] != tokenizer.eot_token:
+        if rows[-1][0] != eot:
             print(decoder.decode(tokenizer.decode_bytes(rows[-1][:1])), end="", flush=True)
     print(decoder.decode(b"", final=True))
     for row in list(zip(*rows))[1:]:
-        ids = row[: row.index(tokenizer.eot_token)] if tokenizer.eot_token in row else row
+        ids = row[: row.index(eot)] if eot in row else row
         print("---\n" + text + tokenizer.decode_bytes(ids).decode("utf-8", "replace"))
+
     prefill = prompt.numel() / (times[0] - started) if times else 0
     decode = len(prompt) * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0
+    samples = f" in {len(prompt)} samples" if len(prompt) > 1 else ""
+    share = f"{cache.nbytes / cache.full_nbytes:.2f} of full attention's {cache.full_nbytes:,}"
     print(
-        f"[{prompt.shape[1]:,} prompt + {len(times):,} new tokens"
-        + (f" in {len(prompt)} samples" if len(prompt) > 1 else "")
-        + "; "
+        f"[{prompt.shape[1]:,} prompt + {len(times):,} new tokens{samples}; "
         f"prefill {prefill:,.0f} tokens/s, decode {decode:,.0f} tokens/s; "
-        f"cache {cache.nbytes:,} bytes, {cache.nbytes / cache.full_nbytes:.2f} of full attention's {cache.full_nbytes:,}]"
+        f"cache {cache.nbytes:,} bytes, {share}]"
     )
 
 

@@ -104,3 +104,28 @@ def prefetch(make: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Bat
                 yield ready.result()
         if ahead is not None:
             yield ahead.result()
+
+
+def check_fit(corpus: Corpus, stages, batch_tokens: int, seed: int, ranks: int) -> Needles | None:
+    """The needles of training, where a stage (recipe.Stage) asks for some. ValueError where the
+    corpus cannot fill the stages' batches, or so many processes cannot share them."""
+    needles = None
+    if any(stage.needle_share for stage in stages):
+        needles = Needles(corpus.tokenizer, corpus.train, evaluation=False)
+    tokens = min(len(corpus.train), len(corpus.val))
+    for stage in stages:
+        for length in stage.lengths:
+            if tokens <= length:
+                raise ValueError(
+                    f"the corpus {corpus.folder} has {tokens:,} tokens in a split and the recipe "
+                    f"reads {length:,} at a time: prepare a larger one, or train shorter"
+                )
+            rows = batch_tokens // length
+            if rows % ranks:
+                raise ValueError(
+                    f"batch_tokens {batch_tokens} are {rows} sequences of {length}, which do not "
+                    f"divide among {ranks} processes: start another number of them, or give "
+                    f"--batch-tokens {length * ranks} or a multiple"
+                )
+            training_batch(corpus, needles, seed, 0, length, length, float(stage.needle_share > 0))
+    return needles

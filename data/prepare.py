@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from commandline import CommandLine, fail
-from data.corpus import DEFAULT_CORPUS, FORMAT, dtype_for
+from data.corpus import DEFAULT_CORPUS, FORMAT, Corpus, dtype_for, load_corpus
 from data.tokenizer import Tokenizer, gpt2_tokenizer, pieces, train_tokenizer
 
 Documents = list[
@@ -319,6 +319,13 @@ def prepare_stdlib(
         tokenizer,
         source=f"the standard library of Python {platform.python_version()}",
     )
+
+
+def open_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
+    """The corpus in a folder; the default one is prepared now where it is not there."""
+    if Path(folder) == DEFAULT_CORPUS and not DEFAULT_CORPUS.exists():
+        prepare_stdlib(DEFAULT_CORPUS)
+    return load_corpus(folder)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention import LayerSpec, visible
-from commandline import fail
+from commandline import choose_device, fail
 from data.needles import QC, Example, Needles
 from engine import fill
 from evaluate import mean_and_error
@@ -33,7 +33,6 @@ from lab.report import (
     write_rows,
 )
 from model import Transformer, layer_plan
-from run import choose_device
 
 SEGMENTS = ("begin", "needle", "context", "qc")  # in the order of data.needles
 RECENT = 32  # nearest keys, the query's own included: what a head of recency reads

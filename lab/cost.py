@@ -23,10 +23,9 @@ import torch
 
 import engine
 from attention import visible_pairs
-from commandline import CommandLine, fail
+from commandline import CommandLine, choose_device, fail
 from lab.report import check_out, write
 from model import ModelConfig, Transformer, layer_plan
-from run import choose_device
 
 SIZES = {  # one size for every pattern; small enough for a CPU, large enough for a GPU to be busy
     "cpu": {

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from commandline import fail
+from commandline import choose_device, fail
 from data.corpus import Corpus
 from engine import fill
 from evaluate import mean_and_error
 from lab.report import check_out, checkpoint_command, least_trained, open_checkpoints, write
 from model import Transformer
-from run import choose_device
 
 TARGETS = 128  # tokens, the last of every window
 

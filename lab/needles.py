@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from commandline import fail
+from commandline import choose_device, fail
 from data.needles import TASKS, Example, Needles
 from engine import prefill
 from evaluate import TIMES, mean_and_error
 from lab.report import check_out, checkpoint_command, least_trained, open_checkpoints, write
 from model import Transformer
-from run import choose_device
 
 SHADES = " ░▒▓█"
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import engine
 import train
 from attention import attend, visible_pairs
-from commandline import CommandLine, fail
+from commandline import CommandLine, choose_device, fail
 from data.batches import held_out_examples
 from data.needles import Needles
 from evaluate import needle_score, needle_table, validation_loss
@@ -46,7 +46,6 @@ from lab.cost import peak_bytes
 from lab.gpt2 import GPT2
 from lab.runs import multiplies_bfloat16
 from model import ModelConfig, Transformer
-from run import choose_device
 
 SHAPE = {
     "n_layer": 8,

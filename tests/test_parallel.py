@@ -1,6 +1,8 @@
-"""Data parallel: two processes train as one does, stop and go on as one does, and only the first of them speaks and writes.
+"""Data parallel: two processes train as one does, stop and go on as one does, and only the first of
+them speaks and writes.
 
-torchrun starts real processes over gloo, some seconds each, so that every launch here serves several questions.
+torchrun starts real processes over gloo, some seconds each, so that every launch here serves
+several questions.
 """
 
 import json
@@ -51,15 +53,17 @@ lengths = { 128 = 3, 256 = 1 }
 lr = 0.002
 warmup = 2
 """
+# scales that only some layers use, and the phases not the same
 SSMAX = (
     RECIPE.replace("[model]", "recompute = true\n[model]\nlength_scale = 'ssmax'")
     + "pattern = 'rN'\n"
-)  # scales that only some layers use, and the phases not the same
+)
 
 
 @pytest.fixture
 def words(tmp_path, corpus_folder, monkeypatch):
-    """words(text, flag, ...) -> the command line of a run by the recipe `text`, in a folder of its own."""
+    """words(text, flag, ...) -> the command line of a run by the recipe `text`, in a folder of its
+    own."""
     monkeypatch.chdir(tmp_path)
 
     def write(text, *flags):
@@ -85,9 +89,10 @@ def steps(folder):
 
 
 def assert_same_run(folder, other):
-    """All 12 steps, once each. The same float32 terms in another order differ by 1e-7 of a sum, and twelve updates carry little of
-    that on; rows left out, counted twice or weighed anew show in the second digit. (The norm is compared too, for neither clipping
-    nor Muon nor AdamW lets the loss see a gradient of another size.)"""
+    """All 12 steps, once each. The same float32 terms in another order differ by 1e-7 of a sum, and
+    twelve updates carry little of that on; rows left out, counted twice or weighed anew show in the
+    second digit. (The norm is compared too, for neither clipping nor Muon nor AdamW lets the loss
+    see a gradient of another size.)"""
     assert [step for step, *_ in steps(folder)] == list(range(1, 13))
     np.testing.assert_allclose(steps(folder), steps(other), rtol=1e-5)
 
@@ -115,21 +120,19 @@ def test_one_process_then_two(words):
         path.name for path in Path("one").iterdir()
     }
     a, b = (Transformer.from_pretrained(Path(name, "last")).state_dict() for name in ("one", "two"))
-    for (
-        name,
-        p,
-    ) in a.items():  # twelve updates of some lr each, whose directions may differ by rounding: 1e-2 of one of them
+    # Twelve updates of some lr each, whose directions may differ by rounding: 1e-2 of one of them.
+    for name, p in a.items():
         torch.testing.assert_close(b[name], p, rtol=0, atol=6e-5, msg=name)
 
 
 def test_sequences_that_do_not_divide_among_the_processes(words, monkeypatch):
     """Length 128 has 4 sequences a step, length 256 only 2."""
-    monkeypatch.setattr(train, "RANKS", 4)
+    monkeypatch.setattr("run.RANKS", 4)
     with pytest.raises(ValueError, match="2 sequences of 256.* 4 processes.*--batch-tokens 1024"):
         train.read(words(RECIPE, "--out", "x"))
     assert not Path("x").exists()
     train.read(words(RECIPE, "--out", "x", "--batch-tokens", "1024"))
-    monkeypatch.setattr(train, "RANKS", 2)
+    monkeypatch.setattr("run.RANKS", 2)
     train.read(words(RECIPE, "--out", "y"))
 
 
@@ -141,7 +144,8 @@ def test_sequences_that_do_not_divide_among_the_processes(words, monkeypatch):
     ],
 )
 def test_an_error_of_all_is_said_once(words, text, flags, said):
-    """Bad input, and a loss that is not finite. torchrun adds a summary of its own, which names the processes that failed."""
+    """Bad input, and a loss that is not finite. torchrun adds a summary of its own, which names the
+    processes that failed."""
     done = subprocess.run(
         [*TORCHRUN, *words(text, *flags)], capture_output=True, text=True, timeout=120
     )
@@ -155,7 +159,8 @@ def test_an_error_of_all_is_said_once(words, text, flags, said):
 
 
 def test_an_interrupt_of_one_stops_all_after_the_same_step(words):
-    """The processes as torchrun starts them, of which only the second hears of it: none is left waiting for the other."""
+    """The processes as torchrun starts them, of which only the second hears of it: none is left
+    waiting for the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
