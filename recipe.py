@@ -275,6 +275,17 @@ def typed(kind, value, name: str):
     return value
 
 
+def parsed(kind, text: str, name: str):
+    """The text of a flag as the annotation `kind` says. ValueError naming it."""
+    wanted = next(k for k in (typing.get_args(kind) or (kind,)) if k is not type(None))
+    try:
+        return typed(
+            kind, {"true": True, "false": False}[text] if wanted is bool else wanted(text), name
+        )
+    except (KeyError, ValueError):
+        raise ValueError(f"{name} {text!r} is no {wanted.__name__}") from None
+
+
 def from_table(cls, table: dict, where: str) -> dict:
     """The fields of the dataclass `cls` that `table` gives, checked. Raises ValueError for an unknown key, with the nearest one."""
     known = {f.name: f.type for f in fields(cls)}

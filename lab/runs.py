@@ -1,41 +1,38 @@
-"""Trainings that leave a record, so that nothing is trained twice: results/runs/<key>.json, small, to be committed.
+"""Trainings that leave a record, so that nothing is trained twice: results/runs.jsonl, a line each.
 
-A record's key is a hash of the recipe's content, the flags, the run it starts from, the treatment of positions at evaluation, the
-corpus, what is measured, and VERSION; not of machine, precision, torch or code: whoever changes what a step or a needle is raises VERSION.
-Where the record is there, nothing runs; where a training was cut off, it goes on.
+A record's key is a hash of the recipe's content, the flags, the run it starts from, the treatment
+of positions at evaluation, the corpus, what is measured, and VERSION; not of machine, precision,
+torch or code: whoever changes what a step or a needle is raises VERSION. Where the record is there,
+nothing runs; where a training was cut off, it goes on. Several commands may work side by side.
 """
 
-import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 import recipe as recipes
-from data.corpus import DEFAULT_CORPUS, Corpus, load_corpus
+from data.corpus import DEFAULT_CORPUS, Corpus
 from data.needles import Needles
-from data.prepare import prepare_stdlib
+from data.prepare import open_corpus
 from lab import attention_mass, needles
 from lab.curves import read_log
 from model import Transformer
 
 HERE = Path(__file__).resolve().parent.parent
-RECORDS, WORK = (
-    HERE / "results" / "runs",
-    HERE / "out" / ".lab",
-)  # out/* names what train.py made for its user
+RECORDS = HERE / "results" / "runs.jsonl"
+WORK = HERE / "out" / ".lab"  # out/* names what train.py made for its user
 VERSION = 1
-TASKS, TIMES = (
-    ("single", "multi-key"),
-    (1, 2, 4, 8, 16),
-)  # measured at so many times the trained length
+TASKS, TIMES = ("single", "multi-key"), (1, 2, 4, 8, 16)  # at so many times the trained length
 EXAMPLES = 24  # of each task at each length, at any depth: a standard error of .1 at the most
 MASS_TIMES, MASS_EXAMPLES = (1, 4, 16), 16  # of attention mass
 RATES, STRETCHES, LEARNED = (0.003, 0.006, 0.01), (1, 3), 0.8  # see `best`
@@ -43,7 +40,7 @@ RATES, STRETCHES, LEARNED = (0.003, 0.006, 0.01), (1, 3), 0.8  # see `best`
 
 @dataclass(frozen=True)
 class Plan:
-    """A training: a recipe of recipes/, flags of train.py (name, value), and the run that it starts from."""
+    """A training: a recipe of recipes/, flags of train.py, and the run that it starts from."""
 
     recipe: str
     flags: tuple[tuple[str, str], ...] = ()
@@ -52,88 +49,89 @@ class Plan:
     def __str__(self) -> str:
         """The command that makes it, without its folders."""
         start = "" if self.init is None else f" from ({self.init})"
-        return (
-            f"train.py recipes/{self.recipe}.toml"
-            + "".join(f" --{name} {value}".rstrip() for name, value in self.flags)
-            + start
-        )
+        flags = "".join(f" --{name} {value}".rstrip() for name, value in self.flags)
+        return f"train.py recipes/{self.recipe}.toml{flags}{start}"
 
     def key(self, corpus: Corpus) -> str:
         """Twelve hex digits."""
         start = self.init and self.init.key(corpus)
-        return _hash(
-            [
-                recipes.read_toml(HERE / "recipes" / f"{self.recipe}.toml"),
-                sorted(self.flags),
-                start,
-                corpus.hash,
-            ]
-        )
+        return _hash([self.toml, sorted(self.flags), start, corpus.hash])
+
+    @property
+    def toml(self) -> dict:
+        """The recipe's tables."""
+        return recipes.read_toml(HERE / "recipes" / f"{self.recipe}.toml")
+
+    @property
+    def rate(self) -> float:
+        """Its learning rate."""
+        return float(dict(self.flags).get("lr", self.toml["lr"]))
+
+    def with_flags(self, **flags: str) -> "Plan":
+        """The same with these flags, or without those that are given as ""."""
+        kept = tuple(flag for flag in self.flags if flag[0] not in flags)
+        return replace(self, flags=kept + tuple((k, v) for k, v in flags.items() if v))
 
 
 def _hash(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-@contextmanager
-def alone(key: str) -> Iterator[None]:
-    """Wait while another process makes the same run or record: several commands may work side by side."""
+# ------------------------------------------------------------------------------------------------
+# Trainings
+
+
+def alone(name: str) -> FileLock:
+    """Wait while another process makes the same run or record."""
     WORK.mkdir(parents=True, exist_ok=True)
-    with open(WORK / f"{key}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return FileLock(WORK / f"{name}.lock")
 
 
 def finished(folder: Path) -> bool:
     """Has the run in `folder` written its final entry? A log that a kill cut off has not."""
-    path = folder / "log.jsonl"
-    last = path.read_text().splitlines()[-1:] if path.exists() else []
     try:
-        return bool(last and json.loads(last[0]).get("final"))
-    except ValueError:
+        return bool(read_log(folder)[-1].get("final"))
+    except (OSError, ValueError):
         return False
 
 
 def multiplies_bfloat16() -> bool:
-    """Has this CPU bfloat16 units (AVX512-BF16, AMX)? `python -m lab.speed job` tells what they save."""
+    """Has this CPU bfloat16 units (AVX512-BF16, AMX)? `python -m lab.speed job` shows their use."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def trained(plan: Plan, corpus: Corpus) -> Path:
-    """The folder of the finished run, trained or continued now where it must be. Raises CalledProcessError when training fails."""
+    """The folder of the finished run, trained or continued now where it must be. ValueError when
+    training fails."""
     start = plan.init and trained(plan.init, corpus) / "last"
-    with alone(plan.key(corpus)):
-        return _trained(plan, corpus, start)
-
-
-def _trained(plan: Plan, corpus: Corpus, start: Path | None) -> Path:
     folder = WORK / plan.key(corpus)
-    if finished(folder):
-        return folder
-    if (folder / "last").exists():
+    with alone(folder.name):
+        if finished(folder):
+            return folder
         words = ["--resume", str(folder)]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # cut off before its first checkpoint
-        words = [
-            str(HERE / "recipes" / f"{plan.recipe}.toml"),
-            "--out",
-            str(folder),
-            "--data",
-            str(corpus.folder.resolve()),
-        ]
-        words += [word for name, value in plan.flags for word in (f"--{name}", value) if word]
-        words += ["--bf16"] if multiplies_bfloat16() else []
-        words += ["--init", str(start)] if start else []
-    print(f"training {folder.name}: {plan}", file=sys.stderr, flush=True)
-    with open(WORK / f"{folder.name}.log", "a") as log:
-        subprocess.run(
-            [sys.executable, str(HERE / "train.py"), *words],
-            cwd=HERE,
-            check=True,
-            stdout=log,
-            stderr=log,
-        )
+        if not (folder / "last").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # cut off before its first checkpoint
+            words = [str(HERE / "recipes" / f"{plan.recipe}.toml"), "--out", str(folder)]
+            words += ["--data", str(corpus.folder.resolve())]
+            words += [word for name, value in plan.flags for word in (f"--{name}", value) if word]
+            words += ["--bf16"] if multiplies_bfloat16() else []
+            words += ["--init", str(start)] if start else []
+        print(f"training {folder.name}: {plan}", file=sys.stderr, flush=True)
+        log = WORK / f"{folder.name}.log"
+        try:
+            command = [sys.executable, str(HERE / "train.py"), *words]
+            with open(log, "a") as file:
+                subprocess.run(command, cwd=HERE, check=True, stdout=file, stderr=file)
+        except subprocess.CalledProcessError as error:
+            raise ValueError(
+                f"a training failed (status {error.returncode}): {log} says why; what is done is "
+                "kept"
+            ) from None
     return folder
+
+
+# ------------------------------------------------------------------------------------------------
+# Records
 
 
 def record(
@@ -143,51 +141,68 @@ def record(
     what: str = "needles",
     trained_at: int = 512,
 ) -> dict:
-    """What the run measured, evaluated under `treatment` (fields of ModelConfig): read from its record, or made now.
+    """What the run measured, evaluated under `treatment` (fields of ModelConfig): read from its
+    record, or made now.
 
-    Keys: plan, treatment, recipe, corpus, seconds of training; val_loss and val_bits_per_byte at the trained length and table (the
-    run's own: multi-query at 0.5 to 16 times the trained length), these three without a treatment only; and by `what`
+    Keys: plan, treatment, recipe, corpus, seconds of training; val_loss and val_bits_per_byte at
+    the trained length and table (the run's own: multi-query at 0.5 to 16 times the trained length),
+    these three without a treatment only; and by `what`
 
         run         nothing more (or what a needle record has, where there is one)
         needles     single and multi-key: a list of cells (lab.needles), one a task and length
-        attention   masses: a list of rows (lab.attention_mass), one a length and kind of layer; heads, at the longest length
+        attention   masses: a list of rows (lab.attention_mass), one a length and kind of layer;
+                    heads, at the longest length
 
     at TIMES or MASS_TIMES `trained_at` tokens, for extended runs too.
     """
     treatment = treatment or {}
-    asked = {
-        "run": ["run"],
-        "needles": [EXAMPLES, TASKS, TIMES],
-        "attention": ["attention", MASS_EXAMPLES, MASS_TIMES],
-    }
-    identity = lambda what: [
-        VERSION,
-        plan.key(corpus),
-        treatment,
-        *asked[what],
-        *([trained_at] if trained_at != 512 else []),
-    ]
-    if what == "run" and path_of(identity("needles")).exists():
+
+    def identity(what: str) -> list:
+        asked = {
+            "run": ["run"],
+            "needles": [EXAMPLES, TASKS, TIMES],
+            "attention": ["attention", MASS_EXAMPLES, MASS_TIMES],
+        }[what]
+        elsewhere = [] if trained_at == 512 else [trained_at]
+        return [VERSION, plan.key(corpus), treatment, *asked, *elsewhere]
+
+    if what == "run" and _hash(identity("needles")) in records():
         what = "needles"
     return kept(identity(what), lambda: _measured(plan, corpus, treatment, what, trained_at))
 
 
-def path_of(identity: list) -> Path:
-    """The record's file."""
-    return RECORDS / f"{_hash(identity)}.json"
+def records() -> dict[str, dict]:
+    """All records by key."""
+    if not RECORDS.exists():
+        return {}
+    status = RECORDS.stat()
+    return _read(RECORDS, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, *version: int) -> dict[str, dict]:
+    made = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {record.pop("key"): record for record in made}
 
 
 def kept(identity: list, make: Callable[[], dict]) -> dict:
     """The record of that identity, made now where there is none, whole or not at all."""
-    path = path_of(identity)
-    if not path.exists():
-        with alone(path.stem):
-            if not path.exists():
-                RECORDS.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(make(), indent=1) + "\n")
-                partial.replace(path)
-    return json.loads(path.read_text())
+    key = _hash(identity)
+    if key not in records():
+        with alone(key):
+            if key not in records():
+                _add(key, make())
+    return records()[key]
+
+
+def _add(key: str, made: dict) -> None:
+    with alone("records"):
+        lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
+        lines = sorted([*lines, json.dumps({"key": key, **made}, separators=(",", ":"))])
+        RECORDS.parent.mkdir(parents=True, exist_ok=True)
+        partial = RECORDS.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        os.replace(partial, RECORDS)
 
 
 def _measured(plan: Plan, corpus: Corpus, treatment: dict, what: str, trained_at: int) -> dict:
@@ -195,89 +210,52 @@ def _measured(plan: Plan, corpus: Corpus, treatment: dict, what: str, trained_at
     folder = trained(plan, corpus)
     run, entries = json.loads((folder / "run.json").read_text()), read_log(folder)
     final = next(entry for entry in reversed(entries) if entry.get("final"))
-    model = Transformer.from_pretrained(
-        folder / "last", "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Transformer.from_pretrained(folder / "last", device)
     model.config = replace(model.config, **treatment)
-    return {
+    hidden = Needles(corpus.tokenizer, corpus.val, evaluation=True)
+    own = ("val_loss", "val_bits_per_byte", "table")
+    made = {
         "plan": str(plan),
         "treatment": treatment,
-        "recipe": {
-            key: value for key, value in run["recipe"].items() if key != "data"
-        },  # a path; the hash says which corpus
+        "recipe": {key: value for key, value in run["recipe"].items() if key != "data"},
         "corpus": run["corpus"],
         **{key: run[key] for key in ("python", "torch", "device", "threads")},
         "seconds": round(sum(entry.get("seconds", 0) for entry in entries), 1),
-        **(
-            {}
-            if treatment
-            else {key: final[key] for key in ("val_loss", "val_bits_per_byte", "table")}
-        ),
-        **{"run": lambda *_: {}, "needles": _needles, "attention": _attention}[what](
-            model, Needles(corpus.tokenizer, corpus.val, evaluation=True), trained_at
-        ),
+        **({} if treatment else {key: final[key] for key in own}),
     }
+    if what == "needles":
+        made["needles"] = []
+        for task, times in ((task, times) for task in TASKS for times in TIMES):
+            args = (model, hidden, "", task, trained_at * times, None, EXAMPLES, 1)
+            cell = asdict(needles.measure(*args))
+            left_out = ("checkpoint", "depth", "examples")
+            made["needles"].append({k: v for k, v in cell.items() if k not in left_out})
+    if what == "attention":
+        made |= {"masses": [], "heads": []}
+        for times in MASS_TIMES:
+            length = trained_at * times
+            rows, heads, _ = attention_mass.measure(model, hidden, "", length, MASS_EXAMPLES)
+            made["masses"] += map(_short, rows)
+            made["heads"] = [_short(head) for head in heads]
+    return made
 
 
-def _needles(model: Transformer, hidden: Needles, trained_at: int) -> dict:
-    """What a needle record adds."""
-    cells = [
-        needles.measure(model, hidden, "", task, trained_at * times, None, EXAMPLES, seed=1)
-        for task in TASKS
-        for times in TIMES
-    ]
-    return {
-        "needles": [
-            {
-                key: getattr(cell, key)
-                for key in (
-                    "task",
-                    "length",
-                    "exact",
-                    "exact_error",
-                    "likelihood",
-                    "likelihood_error",
-                )
-            }
-            for cell in cells
-        ]
-    }
-
-
-def _attention(model: Transformer, hidden: Needles, trained_at: int) -> dict:
-    """What an attention record adds, numbers to five digits."""
-    short = lambda row: {
-        key: round(value, 5) if isinstance(value, float) else value
-        for key, value in asdict(row).items()
-        if key != "checkpoint"
-    }
-    masses, heads = [], []
-    for times in MASS_TIMES:
-        rows, heads, _ = attention_mass.measure(
-            model, hidden, "", trained_at * times, MASS_EXAMPLES
-        )
-        masses += map(short, rows)
-    return {"masses": masses, "heads": [short(head) for head in heads]}
+def _short(row) -> dict:
+    """A row's fields, numbers to five digits."""
+    fields = {key: value for key, value in asdict(row).items() if key != "checkpoint"}
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in fields.items()}
 
 
 def default_corpus() -> Corpus:
-    """The corpus of the laptop recipes, prepared now where it is not there. Raises OSError or ValueError."""
-    if not DEFAULT_CORPUS.exists():
-        prepare_stdlib(DEFAULT_CORPUS)
-    return load_corpus()
+    """The corpus of the laptop recipes, prepared now where it is not there."""
+    return open_corpus(DEFAULT_CORPUS)
 
 
 def found(made: dict, task: str, length: int) -> dict:
     """The record's cell of a task at a length, in tokens."""
-    return next(
-        cell for cell in made["needles"] if (cell["task"], cell["length"]) == (task, length)
-    )
-
-
-def has_learned(made: dict, trained_at: int) -> bool:
-    """Did the run find LEARNED of the needles in its own table (multi-query, 200 questions) at the trained length? Runs are chosen by
-    that table, so that the needles of a record's cells stay unseen."""
-    return at_trained_length(made, trained_at) >= LEARNED
+    cells = made["needles"]
+    return next(cell for cell in cells if (cell["task"], cell["length"]) == (task, length))
 
 
 def at_trained_length(made: dict, trained_at: int) -> float:
@@ -285,43 +263,41 @@ def at_trained_length(made: dict, trained_at: int) -> float:
     return next(score["exact"] for score in made["table"] if score["length"] == trained_at)
 
 
+def has_learned(made: dict, trained_at: int) -> bool:
+    """Did the run find LEARNED of the needles in its own table (multi-query, 200 questions) at the
+    trained length? Runs are chosen by that table, so that the needles of a record's cells stay
+    unseen."""
+    return at_trained_length(made, trained_at) >= LEARNED
+
+
 def best(
-    recipe: str, flags: tuple, corpus: Corpus, rates: Sequence[float] = RATES, trained_at: int = 512
+    recipe: str,
+    flags: tuple,
+    corpus: Corpus,
+    rates: Sequence[float] = RATES,
+    trained_at: int = 512,
 ) -> tuple[Plan, dict]:
-    """The run of a variant that all its tables speak of, and its record: the recipe at each of the rates, the best by exact match at the
-    trained length, then by loss; where that has not learned the task, the same rate for three times the steps."""
-    own = recipes.read_toml(HERE / "recipes" / f"{recipe}.toml")["lr"]
+    """The run of a variant that all its tables speak of, and its record: the recipe at each of the
+    rates, the best by exact match at the trained length, then by loss; where that has not learned
+    the task, the same rate for three times the steps."""
     made: list[tuple[Plan, dict]] = []
     for stretch in STRETCHES:
-        for rate in rates if stretch == 1 else [rate]:
-            plan = Plan(
-                recipe,
-                (
-                    *flags,
-                    *at_rate(rate, own),
-                    *((("stretch", str(stretch)),) if stretch > 1 else ()),
-                ),
-            )
+        for rate in rates:
+            plan = Plan(recipe, flags)
+            plan = plan.with_flags(lr="" if rate == plan.rate else str(rate))
+            plan = plan.with_flags(stretch=str(stretch) if stretch > 1 else "")
             made.append((plan, record(plan, corpus, what="run", trained_at=trained_at)))
-        plan, chosen = max(
-            made, key=lambda entry: (at_trained_length(entry[1], trained_at), -entry[1]["val_loss"])
-        )
+        score = lambda run: (at_trained_length(run[1], trained_at), -run[1]["val_loss"])
+        plan, chosen = max(made, key=score)
         if has_learned(chosen, trained_at):
             break
-        rate = float(dict(plan.flags).get("lr", own))
+        rates = [plan.rate]
     return plan, chosen
 
 
-def at_rate(rate: float, own: float) -> tuple:
-    """The flag for a learning rate, none for the recipe's own."""
-    return () if rate == own else (("lr", str(rate)),)
-
-
 def extension(recipe: str, plan: Plan) -> Plan:
-    """A short training by `recipe` that starts from the run of `plan`, without a table of its own: the record asks needles anyway."""
-    layers = dict(plan.flags).get(
-        "n-layer",
-        str(recipes.read_toml(HERE / "recipes" / f"{plan.recipe}.toml")["model"]["n_layer"]),
-    )
+    """A short training by `recipe` that starts from the run of `plan`, without a table of its own:
+    the record asks needles anyway."""
+    layers = dict(plan.flags).get("n-layer", str(plan.toml["model"]["n_layer"]))
     seed = tuple(flag for flag in plan.flags if flag[0] == "seed")
     return Plan(recipe, (("n-layer", layers), ("eval-questions", "0"), *seed), plan)

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
 from attention import visible_pairs
 from data.corpus import load_corpus
 from data.needles import BEGIN, CONTEXT, NEEDLE, QC, TASKS, Line, Needles, held_out
 from data.tokenizer import load_tokenizer
-from lab import cost, curves, long_context, loss_by_position, needles, runs, table
+from lab import cost, curves, long_context, loss_by_position, needles, report, runs, table
 from model import ModelConfig, Transformer
 
 SIZES = {
@@ -542,14 +541,14 @@ def test_runs_of_different_corpora_are_not_compared(checkpoint, tmp_path, monkey
         )
     tokenizer = load_tokenizer(checkpoint)
     monkeypatch.setattr(
-        evaluate,
+        report,
         "load_corpus",
         lambda folder: SimpleNamespace(folder=folder, hash=str(folder), tokenizer=tokenizer),
     )
     with pytest.raises(ValueError, match="different corpora .*corpora/a, corpora/b.*--data"):
-        evaluate.open_checkpoints(paths, None, torch.device("cpu"))
-    models, corpus = evaluate.open_checkpoints(paths, "c", torch.device("cpu"))
+        report.open_checkpoints(paths, None, torch.device("cpu"))
+    models, corpus = report.open_checkpoints(paths, "c", torch.device("cpu"))
     assert list(models) == [str(path) for path in paths] and corpus.folder == "c"
     (tmp_path / "a" / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged.*--data"):
-        evaluate.open_checkpoints(paths, None, torch.device("cpu"))
+        report.open_checkpoints(paths, None, torch.device("cpu"))
