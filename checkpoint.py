@@ -1,10 +1,13 @@
-"""A model on disk: config.json and model.safetensors, as Hugging Face's Cohere2 has them, read and written without transformers.
+"""A model on disk: config.json and model.safetensors, as Hugging Face's Cohere2 has them, read and
+written without transformers.
 
-Cohere2 is this architecture in production (Command R7B), so `AutoModelForCausalLM.from_pretrained` (4.57, 5.x) opens what we save
-and `load_config` / `load_weights` open what it saves. What Cohere2 cannot say (a window without RoPE, qk_norm, ...) is saved
-under a model_type of our own, so that transformers refuses it rather than run something else. Nothing is ever unpickled.
+Cohere2 is this architecture in production (Command R7B), so `AutoModelForCausalLM.from_pretrained`
+(4.57, 5.x) opens what we save and `load_config` / `load_weights` open what it saves. What Cohere2
+cannot say (a window without RoPE, qk_norm, ...) is saved under a model_type of our own, so that
+transformers refuses it rather than run something else. Nothing is ever unpickled.
 
-Here a model is plain data: a dict of ModelConfig's fields, and a state dict. This file imports nothing of ours.
+Here a model is plain data: a dict of ModelConfig's fields, and a state dict. This file imports
+nothing of ours.
 """
 
 import hashlib
@@ -21,7 +24,9 @@ from safetensors.torch import save_file
 
 ENDLESS = (
     2**30
-)  # Cohere2 rotates only layers that have a window; this one no sequence reaches, and it fits an int32 kernel
+    # Cohere2 rotates only layers that have a window; this one no sequence reaches, and it fits an
+    # int32 kernel
+)
 OURS = "ropenope"  # the model_type of what Cohere2 cannot express
 
 # our field: Cohere2's key, its type, what transformers takes when the key is absent
@@ -38,8 +43,8 @@ KEYS = {
     "norm_eps": ("layer_norm_eps", float, 1e-5),
     "tie_embeddings": ("tie_word_embeddings", bool, True),
 }
-# Keys that may be absent or null; with any other value than this, another model is meant. transformers ignores some of
-# them (they are in Command R7B's own config.json), we do not.
+# Keys that may be absent or null; with any other value than this, another model is meant.
+# transformers ignores some of them (they are in Command R7B's own config.json), we do not.
 IMPLEMENTED = {
     "attention_bias": False,
     "attention_dropout": 0,
@@ -57,12 +62,13 @@ YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # the paper's consta
 ROPE_TYPES = {"none": "default", "pi": "linear", "yarn": "yarn"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # ModelConfig's fields <-> config.json
 
 
 def to_cohere2(config: dict, dtype: str) -> dict | None:
-    """Cohere2's config.json for ModelConfig's fields, or None where Cohere2 cannot express the model."""
+    """Cohere2's config.json for ModelConfig's fields, or None where Cohere2 cannot express the
+    model."""
     letters = config["pattern"]
     if (
         "n" in letters
@@ -78,9 +84,8 @@ def to_cohere2(config: dict, dtype: str) -> dict | None:
         float(config["rope_factor"]),
     )
     d = config["head_dim"] or config["d_model"] // config["n_head"]
-    if (
-        scaling == "ntk"
-    ):  # is a theta (Hugging Face's name for it, "dynamic", changes with the length)
+    # is a theta (Hugging Face's name for it, "dynamic", changes with the length)
+    if scaling == "ntk":
         theta, scaling = theta * factor ** (d / (d - 2)), "none"
     rope = {"rope_type": ROPE_TYPES[scaling]}
     longest = config["trained_length"] or 8192
@@ -90,9 +95,8 @@ def to_cohere2(config: dict, dtype: str) -> dict | None:
         original = config["rope_original_length"]
         rope["original_max_position_embeddings"] = original
         longest = round(original * factor)  # some of 4.x divide these two to have the factor
-    last = (
-        config["vocab_size"] - 1
-    )  # our end of text; Cohere2's defaults would lie outside our vocabulary
+    # our end of text; Cohere2's defaults would lie outside our vocabulary
+    last = config["vocab_size"] - 1
     return {
         "architectures": ["Cohere2ForCausalLM"],
         "model_type": "cohere2",
@@ -128,9 +132,11 @@ def to_json(config: dict, dtype: str = "float32") -> dict:
 
 
 def load_config(path: str | Path) -> dict:
-    """ModelConfig's fields from the config.json in folder `path`: ours, or any Hugging Face Cohere2's of 4.48 or later.
+    """ModelConfig's fields from the config.json in folder `path`: ours, or any Hugging Face
+    Cohere2's of 4.48 or later.
 
-    Raises FileNotFoundError where there is none, and ValueError for one that is damaged or asks for what is not implemented.
+    Raises FileNotFoundError where there is none, and ValueError for one that is damaged or asks for
+    what is not implemented.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -149,12 +155,14 @@ def load_config(path: str | Path) -> dict:
 def _from_cohere2(raw: dict) -> dict:
     if raw.get("model_type") != "cohere2":
         raise ValueError(
-            f"model_type {raw.get('model_type')!r} is not implemented: it reads 'cohere2' and {OURS!r}"
+            f"model_type {raw.get('model_type')!r} is not implemented: it reads 'cohere2' and "
+            f"{OURS!r}"
         )
     _only_implemented(raw, IMPLEMENTED)
     if raw.get("quantization_config") is not None:
         raise ValueError(
-            f"quantization_config {raw['quantization_config']!r} is not implemented: give bf16 or float32 weights"
+            f"quantization_config {raw['quantization_config']!r} is not implemented: give bf16 or "
+            "float32 weights"
         )
     config = {ours: _typed(raw, *theirs) for ours, theirs in KEYS.items()}
     n = config["n_layer"]
@@ -177,16 +185,19 @@ def _from_cohere2(raw: dict) -> dict:
         or not set(types) <= {"sliding_attention", "full_attention"}
     ):
         raise ValueError(
-            f"layer_types {types!r} does not name sliding_attention or full_attention for each of {n} layers"
+            f"layer_types {types!r} does not name sliding_attention or full_attention for each of "
+            f"{n} layers"
         )
     if raw.get("layer_switch") is not None and local_first("layer_switch") != types:
         raise ValueError(
-            f"layer_switch {raw['layer_switch']!r} contradicts layer_types (or sliding_window_pattern): correct one"
+            f"layer_switch {raw['layer_switch']!r} contradicts layer_types (or "
+            "sliding_window_pattern): correct one"
         )
     window = raw.get("sliding_window", 4096)
     if window is None and "sliding_attention" in types:
         raise ValueError(
-            "sliding_window None contradicts layer_types, which has sliding_attention: give the window"
+            "sliding_window None contradicts layer_types, which has sliding_attention: give the "
+            "window"
         )
     config["window"] = (
         None if window is None or _typed(raw, "sliding_window", int, 4096) >= ENDLESS else window
@@ -199,7 +210,8 @@ def _from_cohere2(raw: dict) -> dict:
 
 
 def _from_rope(raw: dict) -> dict:
-    """rope_theta, rope_scaling, rope_factor and rope_original_length from 5.x's rope_parameters or 4.x's two keys."""
+    """rope_theta, rope_scaling, rope_factor and rope_original_length from 5.x's rope_parameters or
+    4.x's two keys."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers' own order
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(
@@ -269,12 +281,13 @@ def read_json(file: Path) -> dict:
     return raw
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Weights
 
 
 def save(path: str | Path, config: dict, state_dict: dict[str, torch.Tensor]) -> None:
-    """Write model.safetensors and config.json into folder `path` (made if absent). config: ModelConfig's fields."""
+    """Write model.safetensors and config.json into folder `path` (made if absent). config:
+    ModelConfig's fields."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -297,15 +310,16 @@ def save(path: str | Path, config: dict, state_dict: dict[str, torch.Tensor]) ->
 def load_weights(
     path: str | Path, model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype
 ) -> None:
-    """Give `model`, built on the meta device, the tensors in folder `path`: shard by shard, each straight to `device` and `dtype`.
+    """Give `model`, built on the meta device, the tensors in folder `path`: shard by shard, each
+    straight to `device` and `dtype`.
 
-    Raises FileNotFoundError for a missing file, and ValueError for a damaged one or tensors that are not the model's.
+    Raises FileNotFoundError for a missing file, and ValueError for a damaged one or tensors that
+    are not the model's.
     """
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = "lm_head.weight" not in wanted
-    shapes = dict(
-        wanted, **{"lm_head.weight": wanted["embed_tokens.weight"]}
-    )  # tied, a copy of the embeddings may lie beside them
+    # tied, a copy of the embeddings may lie beside them
+    shapes = dict(wanted, **{"lm_head.weight": wanted["embed_tokens.weight"]})
     shards, found, wrong = _shards(Path(path)), set(), []
     for (
         shard
@@ -340,19 +354,22 @@ def load_weights(
         state.pop("lm_head.weight", state["embed_tokens.weight"]), state["embed_tokens.weight"]
     ):
         raise ValueError(
-            f"{path}: lm_head.weight differs from the embeddings it is tied to: set tie_word_embeddings to false"
+            f"{path}: lm_head.weight differs from the embeddings it is tied to: set "
+            "tie_word_embeddings to false"
         )
     model.load_state_dict(state, assign=True)
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: model.safetensors, or those that model.safetensors.index.json names."""
+    """The safetensors files of a folder: model.safetensors, or those that
+    model.safetensors.index.json names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         raise FileNotFoundError(
-            f"{single} not found, nor an index of shards: copy the weights there (pickled ones are not read)"
+            f"{single} not found, nor an index of shards: copy the weights there (pickled ones "
+            "are not read)"
         )
     names = read_json(index).get("weight_map")
     if (
@@ -361,7 +378,8 @@ def _shards(folder: Path) -> list[Path]:
         or not all(isinstance(name, str) for name in names.values())
     ):
         raise ValueError(
-            f"{index} is damaged (weight_map is no map from tensors to files): copy it again from where it came"
+            f"{index} is damaged (weight_map is no map from tensors to files): copy it again from "
+            "where it came"
         )
     shards = [folder / name for name in sorted(set(names.values()))]
     for shard in shards:

@@ -1,5 +1,6 @@
-"""Makes the modules of the repository importable from tests/, and gives every test one thread: tensors this small gain nothing
-from a second, and on shared cores waiting for it takes most of the time."""
+"""Makes the modules of the repository importable from tests/, and gives every test one thread:
+tensors this small gain nothing from a second, and on shared cores waiting for it takes most of the
+time."""
 
 import os
 

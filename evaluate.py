@@ -30,7 +30,8 @@ def mean_and_error(values) -> tuple[float, float]:
 def validation_loss(
     model: Transformer, corpus: Corpus, length: int, tokens: int
 ) -> tuple[float, float]:
-    """(nats per token, bits per UTF-8 byte) over about `tokens` of plain validation text, end-of-text left out."""
+    """(nats per token, bits per UTF-8 byte) over about `tokens` of plain validation text,
+    end-of-text left out."""
     windows = validation_windows(corpus, length, max(1, tokens // length))
     sizes = torch.tensor(
         [len(corpus.tokenizer.token_bytes(i)) for i in range(corpus.tokenizer.n_vocab)]
@@ -48,7 +49,8 @@ def validation_loss(
 
 @dataclass(frozen=True)
 class Score:
-    """Needle answers at one length: shares, and the standard error of `exact` over examples (their answers share a context)."""
+    """Needle answers at one length: shares, and the standard error of `exact` over examples (their
+    answers share a context)."""
 
     length: int
     questions: int
@@ -65,9 +67,8 @@ def needle_score(model: Transformer, examples: list[Example]) -> Score:
     for example in examples:
         tokens, answer = torch.from_numpy(example.tokens), torch.from_numpy(example.answer)[1:]
         asked = answer >= 0
-        first = (
-            int(asked.int().argmax()) // 128 * 128
-        )  # what stands before is only read, the same number of tokens in (nearly) every example
+        # what stands before is only read, the same number of tokens in (nearly) every example
+        first = int(asked.int().argmax()) // 128 * 128
         cache, tokens, asked, answer = (
             model.new_cache(1, len(tokens)),
             tokens[None].to(device),
@@ -98,9 +99,11 @@ def fits(needles: Needles, length: int) -> bool:
 def needle_table(
     model: Transformer, needles: Needles, trained: int, questions: int = 200
 ) -> list[Score]:
-    """Scores at TIMES the trained length, printed as they come; lengths that do not fit are named."""
+    """Scores at TIMES the trained length, printed as they come; lengths that do not fit are
+    named."""
     print(
-        f"\nneedles: exact match, digits and standard error, {NEEDLES} hidden and {QUESTIONS} asked, held-out text, keys and values"
+        f"\nneedles: exact match, digits and standard error, {NEEDLES} hidden and {QUESTIONS} "
+        "asked, held-out text, keys and values"
     )
     scores = []
     for times in TIMES:
@@ -108,7 +111,8 @@ def needle_table(
         row = f"  {length:>7,} tokens ({times:g}x)"
         if not fits(needles, length):
             print(
-                f"{row}   left out: too {'long' if times > 1 else 'short'} for this corpus and these needles"
+                f"{row}   left out: too {'long' if times > 1 else 'short'} for this corpus and "
+                "these needles"
             )
             continue
         count = (
@@ -118,7 +122,8 @@ def needle_table(
         )
         score = needle_score(model, held_out_examples(needles, length, count, NEEDLES, QUESTIONS))
         print(
-            f"{row}   exact {score.exact:.3f} +- {score.error:.3f}   digits {score.digits:.3f}   of {score.questions}",
+            f"{row}   exact {score.exact:.3f} +- {score.error:.3f}   digits {score.digits:.3f}   "
+            f"of {score.questions}",
             flush=True,
         )
         scores.append(score)

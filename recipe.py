@@ -1,4 +1,5 @@
-"""A recipe: what to train, as a list of phases. Defaults, then a TOML file, then command-line flags, into checked dataclasses.
+"""A recipe: what to train, as a list of phases. Defaults, then a TOML file, then command-line
+flags, into checked dataclasses.
 
     lr = 0.006                      # top level: fields of Recipe
     [model]                         # fields of ModelConfig
@@ -7,7 +8,8 @@
     steps = 450
     lengths = { 128 = 1 }
 
-A phase may also change how positions are treated (OVERRIDES); a change holds until another phase changes it again.
+A phase may also change how positions are treated (OVERRIDES); a change holds until another phase
+changes it again.
 """
 
 import argparse
@@ -35,16 +37,18 @@ OVERRIDES = (
     "length_scale",
     "length_base",
 )
+# fields of Recipe that a phase may set anew
 HELD = (
     "needle_share",
     "answer_weight",
     "lr",
     "warmup",
-)  # fields of Recipe that a phase may set anew
+)
+# how positions are treated; every other field of ModelConfig is the model's shape
 TREATMENT = (
     *OVERRIDES,
     "trained_length",
-)  # how positions are treated; every other field of ModelConfig is the model's shape
+)
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,8 @@ class Phase:
     """A stretch of training. None: as the phase before."""
 
     steps: int
-    lengths: dict[
-        int, int
-    ]  # context length -> share of the steps; every step has batch_tokens tokens
+    # context length -> share of the steps; every step has batch_tokens tokens
+    lengths: dict[int, int]
     needle_share: float | None = None  # of the sequences
     answer_weight: float | None = None
     lr: float | None = None  # starts a new warm-up and cosine
@@ -133,16 +136,19 @@ class Recipe:
             raise ValueError(f"{where}steps {phase.steps} must be at least 1")
         if not phase.lengths:
             raise ValueError(
-                f"{where}lengths is empty: give context lengths and their shares, such as {{ 512 = 1 }}"
+                f"{where}lengths is empty: give context lengths and their shares, such as {{ 512 "
+                "= 1 }}"
             )
         for length, share in phase.lengths.items():
             if length < 2 or share < 1:
                 raise ValueError(
-                    f"{where}lengths {{ {length} = {share} }}: a length of 2 or more, a share of 1 or more"
+                    f"{where}lengths {{ {length} = {share} }}: a length of 2 or more, a share of "
+                    "1 or more"
                 )
             if self.batch_tokens % length:
                 raise ValueError(
-                    f"{where}length {length} does not divide batch_tokens {self.batch_tokens}: every step has the same tokens"
+                    f"{where}length {length} does not divide batch_tokens {self.batch_tokens}: "
+                    "every step has the same tokens"
                 )
         if phase.lr is not None and not (math.isfinite(phase.lr) and phase.lr > 0):
             raise ValueError(f"{where}lr {phase.lr} must be above 0")
@@ -151,7 +157,8 @@ class Recipe:
                 raise ValueError(f"{where}{name} {getattr(phase, name)} must be at least 0")
         if phase.length_scale == "ssmax" != self.model.length_scale:
             raise ValueError(
-                f"{where}length_scale 'ssmax' owns weights, so a phase cannot switch it on: put it under [model]"
+                f"{where}length_scale 'ssmax' owns weights, so a phase cannot switch it on: put "
+                "it under [model]"
             )
 
     def stage_at(self, step: int) -> "Stage":
@@ -205,15 +212,15 @@ class Recipe:
                 )
             )
             start = stages[-1].end
-        ends = {
-            stage.since: stage.end for stage in stages
-        }  # the last stage of each schedule ends it
+        # the last stage of each schedule ends it
+        ends = {stage.since: stage.end for stage in stages}
         return [replace(stage, until=ends[stage.since]) for stage in stages]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A phase, resolved: steps start..end-1 run `config`, under a schedule that covers since..until-1."""
+    """A phase, resolved: steps start..end-1 run `config`, under a schedule that covers
+    since..until-1."""
 
     start: int
     end: int
@@ -287,7 +294,8 @@ def parsed(kind, text: str, name: str):
 
 
 def from_table(cls, table: dict, where: str) -> dict:
-    """The fields of the dataclass `cls` that `table` gives, checked. Raises ValueError for an unknown key, with the nearest one."""
+    """The fields of the dataclass `cls` that `table` gives, checked. Raises ValueError for an
+    unknown key, with the nearest one."""
     known = {f.name: f.type for f in fields(cls)}
     for key in table:
         if key not in known:
@@ -307,7 +315,8 @@ def from_table(cls, table: dict, where: str) -> dict:
 
 
 def read_toml(path: Path) -> dict:
-    """The tables of a recipe file. Raises OSError where there is none and ValueError where it is no TOML."""
+    """The tables of a recipe file. Raises OSError where there is none and ValueError where it is no
+    TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -320,10 +329,12 @@ def read_toml(path: Path) -> dict:
 def build(
     tables: dict, flags: dict | None = None, base: ModelConfig | None = None, name: str = "recipe"
 ) -> Recipe:
-    """A Recipe from the tables of a file and then flags, a dict of field names of Recipe and ModelConfig.
+    """A Recipe from the tables of a file and then flags, a dict of field names of Recipe and
+    ModelConfig.
 
-    `base` is the configuration of the checkpoint that training starts from: what neither file nor flags say is as it was
-    there; its shape cannot change, and its treatment of positions only by a flag or a phase. Raises ValueError.
+    `base` is the configuration of the checkpoint that training starts from: what neither file nor
+    flags say is as it was there; its shape cannot change, and its treatment of positions only by a
+    flag or a phase. Raises ValueError.
     """
     flags, tables = dict(flags or {}), dict(tables)
     table, phases = tables.pop("model", {}), tables.pop("phase", [])
@@ -344,7 +355,8 @@ def build(
         later = [i for i, each in enumerate(phase, 1) if getattr(each, flag, None) is not None]
         if later:
             raise ValueError(
-                f"--{flag.replace('_', '-')} would be overruled by phase {later[0]} of {name}, which sets {flag}: edit the recipe"
+                f"--{flag.replace('_', '-')} would be overruled by phase {later[0]} of {name}, "
+                f"which sets {flag}: edit the recipe"
             )
     of_model = {f.name for f in fields(ModelConfig)}
     given = {key: value for key, value in flags.items() if key in of_model}
@@ -368,12 +380,14 @@ def _agree(model: dict, given: dict, base: ModelConfig, name: str) -> None:
             differs, mend = value is not None and value != had, "a checkpoint's shape cannot change"
         if differs:
             raise ValueError(
-                f"{key} is {value!r} in {name if key not in given else 'the flags'} and {had!r} in the --init checkpoint: {mend}"
+                f"{key} is {value!r} in {name if key not in given else 'the flags'} and {had!r} "
+                f"in the --init checkpoint: {mend}"
             )
 
 
 def run_name(recipe: Recipe, name: str) -> str:
-    """<recipe>-<pattern>-s<seed>, each windowed letter with its window (some disks ignore case): laptop-r64r64r64N-s1."""
+    """<recipe>-<pattern>-s<seed>, each windowed letter with its window (some disks ignore case):
+    laptop-r64r64r64N-s1."""
     letters = "".join(
         f"{letter}{recipe.model.window}" if letter.islower() else letter
         for letter in recipe.model.pattern

@@ -168,8 +168,8 @@ def locked(out: Path):
 
 
 def claim(run: Run, resuming: bool) -> None:
-    """Lock the run's folder, and give the model the weights that a resumed one has there. ValueError
-    where they are damaged, or a new run would be in the way of another."""
+    """Lock the run's folder, and give the model the weights that a resumed one has there.
+    ValueError where they are damaged, or a new run would be in the way of another."""
     run.lock = locked(run.out) if RANK == 0 else None
     if resuming:
         checkpoint.verify_checksums(run.out / "last")

@@ -229,7 +229,7 @@ def finish(run: Run, held_out: Needles | None, log: Log) -> None:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command. What ends a training early is one line and status 2; what it has done is kept."""
+    """The command. What ends a training is one line and status 2; what it has done is kept."""
     run, resuming = read(argv, __doc__)
     try:
         claim(run, resuming)

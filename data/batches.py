@@ -1,6 +1,8 @@
-"""Batches as a function of (seed, step): exact resume, the same data at any micro-batch size, no state to save.
+"""Batches as a function of (seed, step): exact resume, the same data at any micro-batch size, no
+state to save.
 
-Every sequence begins with end-of-text, the place where attention can rest (the sink of the paper's section 3).
+Every sequence begins with end-of-text, the place where attention can rest (the sink of the paper's
+section 3).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,14 +19,16 @@ from data.needles import Example, Needles
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens, targets (b t) int64 and weights (b t) float32, of which the sum over the global batch is 1, or 1 + answer_weight."""
+    """tokens, targets (b t) int64 and weights (b t) float32, of which the sum over the global batch
+    is 1, or 1 + answer_weight."""
 
     tokens: Tensor
     targets: Tensor
     weights: Tensor
 
     def rows(self, start: int, end: int) -> "Batch":
-        """A micro-batch. The weights were counted over the whole batch, so the losses of its parts add up to its loss."""
+        """A micro-batch. The weights were counted over the whole batch, so the losses of its parts
+        add up to its loss."""
         return Batch(self.tokens[start:end], self.targets[start:end], self.weights[start:end])
 
     def to(self, device: torch.device) -> "Batch":
@@ -50,9 +54,11 @@ def training_batch(
     needle_share: float = 0.0,
     answer_weight: float = 0.5,
 ) -> Batch:
-    """The global batch of `step`: batch_tokens / length sequences, of which `needle_share` carry needles.
+    """The global batch of `step`: batch_tokens / length sequences, of which `needle_share` carry
+    needles.
 
-    Every target weighs 1 / N, and each of the A answer tokens another answer_weight / A, counted over this whole batch.
+    Every target weighs 1 / N, and each of the A answer tokens another answer_weight / A, counted
+    over this whole batch.
     """
     rng = np.random.default_rng([seed, step])
     count = max(batch_tokens // length, 1)
@@ -74,7 +80,8 @@ def training_batch(
 
 
 def validation_windows(corpus: Corpus, length: int, count: int) -> Tensor:
-    """(count length+1) int64: the same evenly spaced windows of plain validation text every time."""
+    """(count length+1) int64: the same evenly spaced windows of plain validation text every
+    time."""
     count = min(count, max(1, len(corpus.val) // length))  # no token twice
     starts = np.linspace(0, len(corpus.val) - length, count).astype(int)
     return torch.from_numpy(

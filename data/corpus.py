@@ -1,4 +1,5 @@
-"""A prepared corpus: a folder with train.bin and val.bin (token ids), meta.json and the tokenizer's files. Made by data/prepare.py."""
+"""A prepared corpus: a folder with train.bin and val.bin (token ids), meta.json and the tokenizer's
+files. Made by data/prepare.py."""
 
 import hashlib
 import json
@@ -26,7 +27,8 @@ SPLIT_KEYS = {"documents": int, "bytes": int, "tokens": int, "sha256": str}
 
 @dataclass
 class Corpus:
-    """Token ids of documents, each preceded by end of text, memory-mapped; `bytes` in meta counts their UTF-8 without it."""
+    """Token ids of documents, each preceded by end of text, memory-mapped; `bytes` in meta counts
+    their UTF-8 without it."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -46,8 +48,8 @@ def dtype_for(n_vocab: int) -> str:
 
 
 def load_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
-    """The corpus in folder, every byte checked. Raises FileNotFoundError when something is missing, ValueError when two things
-    disagree; each names the file, both values and the mend."""
+    """The corpus in folder, every byte checked. Raises FileNotFoundError when something is missing,
+    ValueError when two things disagree; each names the file, both values and the mend."""
     folder = Path(folder)
     command = "python -m data.prepare" + ("" if folder == DEFAULT_CORPUS else f" --out {folder}")
     mend = f"remove {folder} and run `{command}` again with the same sources"
@@ -98,7 +100,8 @@ def load_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
         ids = np.memmap(folder / file, dtype=meta["dtype"], mode="r")
         if (largest := int(ids.max())) >= tokenizer.n_vocab:
             raise ValueError(
-                f"{folder / file}: token id {largest} is outside the vocabulary of {tokenizer.n_vocab}; {mend}"
+                f"{folder / file}: token id {largest} is outside the vocabulary of "
+                f"{tokenizer.n_vocab}; {mend}"
             )
         return ids
 

@@ -1,10 +1,11 @@
 """Needles in a haystack of real text, after RULER (2404.06654), small enough for a small model.
 
-A needle is a comment line, `# parse_buffer is 48213`, hidden between lines of the corpus; the questions at the end have the same
-form, so that completing one is copying the value behind the key's earlier mention. A key is two words of the vocabulary joined to
-a name (one word, or two with a space between, is also ordinary text, and is learned late or never); keys and values are each split
-by hash into training and held-out, and each example knows where everything is: which tokens are answers, and the paper's four
-segments (section 3).
+A needle is a comment line, `# parse_buffer is 48213`, hidden between lines of the corpus; the
+questions at the end have the same form, so that completing one is copying the value behind the
+key's earlier mention. A key is two words of the vocabulary joined to a name (one word, or two with
+a space between, is also ordinary text, and is learned late or never); keys and values are each
+split by hash into training and held-out, and each example knows where everything is: which tokens
+are answers, and the paper's four segments (section 3).
 """
 
 import hashlib
@@ -15,9 +16,8 @@ import numpy as np
 
 from data.tokenizer import Tokenizer
 
-BEGIN, NEEDLE, CONTEXT, QC = range(
-    4
-)  # the paper's segments: first 10 tokens, needles, all else, question and completion
+# the paper's segments: first 10 tokens, needles, all else, question and completion
+BEGIN, NEEDLE, CONTEXT, QC = range(4)
 DIGITS = 5  # of a value
 HELD_OUT = 5  # one key or value in five is held out
 NAME = re.compile(rb" [a-z]{3,12}")  # a token that is a whole word after a space
@@ -29,7 +29,7 @@ TASKS = {
     "single": "one needle, asked",
     "multi-key": "eight needles, one asked",
     "multi-query": "eight needles, four asked",
-    "multi-value": "one key with four values and four other needles; its values asked in order of appearance",
+    "multi-value": "one key with four values, asked in order of appearance; four other needles",
     "variable-tracking": "four chains `a is 48213`, `b equals a`, `c equals b`; what is one c?",
     "aggregation": "eight marked words, one more often than the others: which?",
 }
@@ -45,7 +45,8 @@ class Example:
     segment: np.ndarray  # (t) int8: BEGIN, NEEDLE (every hidden line), CONTEXT or QC
     wrong: tuple[
         np.ndarray, ...
-    ] = ()  # for each question WRONG other answers, (7 n) int64, as many tokens as the right one has
+        # for each question WRONG other answers, (7 n) int64, as many tokens as the right one has
+    ] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def held_out(name: str) -> bool:
 
 
 class Needles:
-    """Builds examples from the token ids of a split; `evaluation` chooses the held-out keys and values."""
+    """Builds examples from the token ids of a split; `evaluation` chooses the held-out keys and
+    values."""
 
     def __init__(self, tokenizer: Tokenizer, text: np.ndarray, evaluation: bool):
         self.tokenizer, self.text, self.evaluation = tokenizer, text, evaluation
@@ -76,18 +78,22 @@ class Needles:
         self.words = sorted(piece[1:].decode() for piece in pieces if NAME.fullmatch(piece))
         if len(self.words) < 20:
             raise ValueError(
-                f"the vocabulary has {len(self.words)} whole words and keys need 20: prepare the corpus with a larger --vocab-size"
+                f"the vocabulary has {len(self.words)} whole words and keys need 20: prepare the "
+                "corpus with a larger --vocab-size"
             )
+        # tokens of the longest needle
         self.line = max(
             len(self._line(f"# {self.words[0]}_{word} is", "9" * DIGITS).ids) for word in self.words
-        )  # tokens of the longest needle
+        )
 
     def counts(self, length: int) -> tuple[int, int]:
-        """How many needles and questions a training example of `length` has: many, so that each step teaches much."""
+        """How many needles and questions a training example of `length` has: many, so that each
+        step teaches much."""
         fitting = (length - 1) // (2 * self.line)
         if fitting < 1:
             raise ValueError(
-                f"length {length} has no room for a needle of {self.line} tokens and its question: train longer, or set needle_share = 0"
+                f"length {length} has no room for a needle of {self.line} tokens and its "
+                "question: train longer, or set needle_share = 0"
             )
         return min(max(4, length // 32), fitting), min(max(4, length // 64), fitting)
 
@@ -99,15 +105,17 @@ class Needles:
         questions: int,
         depth: float | None = None,
     ) -> Example:
-        """`length` tokens of text with `needles` hidden in it and `questions` of them asked at the end, in random order.
+        """`length` tokens of text with `needles` hidden in it and `questions` of them asked at the
+        end, in random order.
 
-        The first needle asked lies at `depth` (0 is the beginning, 1 just before the questions), the others anywhere; None: all
-        anywhere. Raises ValueError when length has no room for them.
+        The first needle asked lies at `depth` (0 is the beginning, 1 just before the questions),
+        the others anywhere; None: all anywhere. Raises ValueError when length has no room for them.
         """
         least = 1 + (needles + questions) * self.line
         if length < least:
             raise ValueError(
-                f"{needles} needles and {questions} questions may need {least} tokens: {length} is too short"
+                f"{needles} needles and {questions} questions may need {least} tokens: {length} "
+                "is too short"
             )
         lines = self._needles(rng, needles)
         asked = rng.permutation(needles)[:questions]
@@ -119,9 +127,10 @@ class Needles:
     def task(
         self, name: str, rng: np.random.Generator, length: int, depth: float | None = None
     ) -> Example:
-        """An example of one of the TASKS, with wrong candidates, asked in order of appearance. The needle asked first (the beginning of
-        the chain) lies at `depth`, others that are asked anywhere behind it, the rest, and all of aggregation, anywhere; None: that
-        one anywhere too. Raises ValueError for an unknown name or when length has no room."""
+        """An example of one of the TASKS, with wrong candidates, asked in order of appearance. The
+        needle asked first (the beginning of the chain) lies at `depth`, others that are asked
+        anywhere behind it, the rest, and all of aggregation, anywhere; None: that one anywhere too.
+        Raises ValueError for an unknown name or when length has no room."""
         first = rng.random() if depth is None else depth
         following = lambda count: np.append(first, np.sort(rng.uniform(first, 1, count - 1)))
         anywhere = lambda count: np.full(count, np.nan)
@@ -184,7 +193,8 @@ class Needles:
     def _wrong(
         self, rng: np.random.Generator, line: Line, asked: list[Line], rivals: list[Line], make
     ) -> np.ndarray:
-        """(7 n): the other needles' values first, then values that stand nowhere, all as many tokens long as the right one."""
+        """(7 n): the other needles' values first, then values that stand nowhere, all as many
+        tokens long as the right one."""
         right, n = {tuple(other.answer) for other in asked}, line.end - line.start
         wrong = {tuple(rival.answer): None for rival in rivals if len(rival.answer) == n}
         for _ in range(1000):
@@ -195,7 +205,8 @@ class Needles:
                 wrong[tuple(answer)] = None
         if len(wrong) < WRONG:
             raise ValueError(
-                f"this vocabulary has too few other answers of {n} tokens: prepare the corpus with another --vocab-size"
+                f"this vocabulary has too few other answers of {n} tokens: prepare the corpus "
+                "with another --vocab-size"
             )
         return np.array(list(wrong)[:WRONG])
 
@@ -207,17 +218,18 @@ class Needles:
         asked: list[Line],
         depths: np.ndarray,
     ) -> Example:
-        """`hidden` in real text at `depths` (0 to 1, nan for anywhere; in order where two fall together), `asked` at its end."""
+        """`hidden` in real text at `depths` (0 to 1, nan for anywhere; in order where two fall
+        together), `asked` at its end."""
         tail = sum(len(line.ids) for line in asked)
         room = length - 1 - tail - sum(len(line.ids) for line in hidden)
         if room < 0:
             raise ValueError(
-                f"{len(hidden)} hidden lines and {len(asked)} questions take {length - room} tokens: {length} is too short"
+                f"{len(hidden)} hidden lines and {len(asked)} questions take {length - room} "
+                f"tokens: {length} is too short"
             )
         text = self._haystack(rng, room)
-        breaks = np.concatenate(
-            ([0], 1 + np.flatnonzero(self.ends_line[text]))
-        )  # a line may begin here
+        # a line may begin here
+        breaks = np.concatenate(([0], 1 + np.flatnonzero(self.ends_line[text])))
         depths = np.where(np.isnan(depths), rng.random(len(hidden)), depths)
         places = breaks[np.abs(breaks[None, :] - depths[:, None] * room).argmin(1)]
         parts, start = [(np.array([self.tokenizer.eot_token]), CONTEXT)], 0
@@ -234,7 +246,8 @@ class Needles:
         return Example(np.concatenate([ids for ids, _ in parts]).astype(np.int64), answer, segment)
 
     def _draw(self, rng: np.random.Generator, count: int, make) -> list[str]:
-        """`count` different names of this split. Raises ValueError where the vocabulary has too few."""
+        """`count` different names of this split. Raises ValueError where the vocabulary has too
+        few."""
         found: dict[str, None] = {}
         for _ in range(10_000):
             if len(found) == count:
@@ -243,7 +256,8 @@ class Needles:
             if held_out(name) == self.evaluation:
                 found[name] = None
         raise ValueError(
-            f"a needle example wants {count} names and this vocabulary makes {len(found)}: prepare the corpus with a larger --vocab-size"
+            f"a needle example wants {count} names and this vocabulary makes {len(found)}: "
+            "prepare the corpus with a larger --vocab-size"
         )
 
     def _key(self, rng: np.random.Generator) -> str:
@@ -274,7 +288,8 @@ class Needles:
         """`room` consecutive tokens that end with a line's end."""
         if len(self.text) < room + SLACK:
             raise ValueError(
-                f"the corpus has {len(self.text)} tokens in this split and an example needs {room + SLACK}: prepare a larger one"
+                f"the corpus has {len(self.text)} tokens in this split and an example needs "
+                f"{room + SLACK}: prepare a larger one"
             )
         start = int(rng.integers(len(self.text) - room - SLACK + 1))
         ends = (

@@ -1,11 +1,13 @@
 """Text -> a corpus folder (train.bin, val.bin, meta.json, the tokenizer).
 
-    python -m data.prepare                                    the Python standard library, already on this machine
-    python -m data.prepare --text book.txt notes/             your own files and folders of UTF-8 text
-    python -m data.prepare --url URL --sha256 HEX             a text file from the network
-    python -m data.prepare --packages numpy torch --out corpora/numeric --vocab-size 4096
+    python -m data.prepare                                    the Python standard library, already
+    on this machine python -m data.prepare --text book.txt notes/             your own files and
+    folders of UTF-8 text python -m data.prepare --url URL --sha256 HEX             a text file from
+    the network python -m data.prepare --packages numpy torch --out corpora/numeric --vocab-size
+    4096
 
-Sources combine. A tenth of the bytes, chosen by a hash of each document's name, is validation; BPE is trained on the rest."""
+Sources combine. A tenth of the bytes, chosen by a hash of each document's name, is validation; BPE
+is trained on the rest."""
 
 import hashlib
 import http.client
@@ -27,24 +29,25 @@ from commandline import CommandLine, fail
 from data.corpus import DEFAULT_CORPUS, FORMAT, Corpus, dtype_for, load_corpus
 from data.tokenizer import Tokenizer, gpt2_tokenizer, pieces, train_tokenizer
 
-Documents = list[
-    tuple[str, str]
-]  # (name, text); a name is relative to its root, so that splits do not depend on the machine
+# (name, text); a name is relative to its root, so that splits do not depend on the machine
+Documents = list[tuple[str, str]]
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
 LONGEST_RUN = 500_000
+# progress bars: only on a terminal, and only for what takes long
 QUIET = {
     "delay": 1,
     "leave": False,
     "disable": None,
-}  # progress bars: only on a terminal, and only for what takes long
+}
 
 
-# ---- sources --------------------------------------------------------------------------------------------------------------
+# ---- sources
+# ------------------------------------------------------------------------------------------------
 
 
 def walk(root: Path, keep: Callable[[str], bool]) -> Iterator[tuple[str, Path]]:
-    """(name relative to root, path) of the files below root whose own and whose folders' names are kept, sorted; links to
-    folders are not followed."""
+    """(name relative to root, path) of the files below root whose own and whose folders' names are
+    kept, sorted; links to folders are not followed."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(filter(keep, folders))
         for file in sorted(filter(keep, files)):
@@ -63,7 +66,8 @@ def read_text(path: Path) -> str | None:
 
 
 def python_sources(root: Path) -> Documents:
-    """Python files below root, without tests and without `_sysconfigdata`, which the build writes and fills with its paths."""
+    """Python files below root, without tests and without `_sysconfigdata`, which the build writes
+    and fills with its paths."""
     files = [
         (name, path)
         for name, path in walk(
@@ -97,7 +101,8 @@ def from_package(name: str) -> Documents:
     """The Python sources of an installed package, found without importing it."""
     if not name.isidentifier():
         raise ValueError(
-            f"--packages {name!r} is not a package's import name; give a top-level name such as numpy"
+            f"--packages {name!r} is not a package's import name; give a top-level name such as "
+            "numpy"
         )
     try:
         spec = importlib.util.find_spec(name)
@@ -120,14 +125,15 @@ def from_package(name: str) -> Documents:
         documents = [(f"{name}.py", text)]
     if not documents:
         raise ValueError(
-            f"package {name} has no Python source files (built in, a namespace, or compiled); leave it out"
+            f"package {name} has no Python source files (built in, a namespace, or compiled); "
+            "leave it out"
         )
     return documents
 
 
 def from_url(url: str, sha256: str | None = None, timeout: float = 30.0) -> Documents:
-    """Download one text file into memory and check it before use. Raises OSError when it cannot be had whole, ValueError when
-    it is not what was asked for."""
+    """Download one text file into memory and check it before use. Raises OSError when it cannot be
+    had whole, ValueError when it is not what was asked for."""
     if urlsplit(url).scheme not in ("http", "https"):
         raise ValueError(
             f"--url {url} is not an http:// or https:// address; for a local file use --text"
@@ -146,13 +152,15 @@ def from_url(url: str, sha256: str | None = None, timeout: float = 30.0) -> Docu
             raise OSError(f"the connection ended after {len(content):,} of {length:,} bytes")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise OSError(
-            f"cannot download {url} ({error or type(error).__name__}); check the address and the network, "
+            f"cannot download {url} ({error or type(error).__name__}); check the address and the "
+            "network, "
             "or fetch it elsewhere and use --text"
         ) from error
     found = hashlib.sha256(content).hexdigest()
     if sha256 and found != sha256.lower():
         raise ValueError(
-            f"{url} has sha256 {found}, not {sha256}; nothing was kept, check the address and the checksum"
+            f"{url} has sha256 {found}, not {sha256}; nothing was kept, check the address and the "
+            "checksum"
         )
     try:
         return [(url, content.decode("utf-8"))]
@@ -162,14 +170,15 @@ def from_url(url: str, sha256: str | None = None, timeout: float = 30.0) -> Docu
         ) from error
 
 
-# ---- a corpus from documents ----------------------------------------------------------------------------------------------
+# ---- a corpus from documents -------------------------------------------------------------------
 
 
 def split_documents(documents: Documents) -> tuple[list[str], list[str]]:
     """(training texts, validation texts), both in the order of the sha256 of the documents' names.
 
-    Validation takes whole documents until it holds a tenth of the bytes, passing over any that is larger than that alone.
-    Where whole documents cannot do it (fewer than ten, or one that outweighs the rest) it takes the last tenth of each."""
+    Validation takes whole documents until it holds a tenth of the bytes, passing over any that is
+    larger than that alone. Where whole documents cannot do it (fewer than ten, or one that
+    outweighs the rest) it takes the last tenth of each."""
     ordered = sorted(
         documents, key=lambda document: hashlib.sha256(os.fsencode(document[0])).digest()
     )
@@ -195,7 +204,8 @@ def split_documents(documents: Documents) -> tuple[list[str], list[str]]:
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
-    """(piece of text, its ids) over all texts, each text preceded by end of text; memory stays bounded whatever a text's size."""
+    """(piece of text, its ids) over all texts, each text preceded by end of text; memory stays
+    bounded whatever a text's size."""
     batch: list[tuple[bool, str]] = []  # (does it begin a document, piece)
 
     def encoded() -> Iterator[tuple[str, list[int]]]:
@@ -233,7 +243,8 @@ def write_split(file: Path, tokenizer: Tokenizer, texts: list[str]) -> dict:
 
 
 def check_out(out: Path) -> None:
-    """Raises OSError unless out can be made: not there yet or an empty folder, somewhere writable."""
+    """Raises OSError unless out can be made: not there yet or an empty folder, somewhere
+    writable."""
     if out.is_dir() and any(out.iterdir()):
         what = "already holds a corpus" if (out / "meta.json").exists() else "is not empty"
         raise FileExistsError(f"{out} {what}; remove it first, or give another folder with --out")
@@ -259,8 +270,9 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     source: str = "documents",
 ) -> dict:
-    """Write a corpus to the folder out and return its meta; all or nothing. Without a tokenizer, BPE of vocab_size ids is trained
-    on the training split. Raises ValueError for documents that cannot make a corpus, OSError when out cannot be written."""
+    """Write a corpus to the folder out and return its meta; all or nothing. Without a tokenizer,
+    BPE of vocab_size ids is trained on the training split. Raises ValueError for documents that
+    cannot make a corpus, OSError when out cannot be written."""
     out = Path(out)
     check_out(out)
     train, val = split_documents(documents)
@@ -269,7 +281,8 @@ def prepare(
     for name, text in documents:  # the regex engines backtrack through spaces, and run out of stack
         if any(space * LONGEST_RUN in text for space in " \t"):
             raise ValueError(
-                f"{name} has {LONGEST_RUN:,} spaces or tabs in a row, which no tokenizer takes; leave it out"
+                f"{name} has {LONGEST_RUN:,} spaces or tabs in a row, which no tokenizer takes; "
+                "leave it out"
             )
     tokenizer = tokenizer or train_tokenizer(
         tqdm(train, desc="learn the vocabulary", unit="documents", **QUIET), vocab_size
@@ -295,14 +308,17 @@ def prepare(
         sync(out.parent)
     except OSError as error:
         raise OSError(
-            f"cannot write {out} ({error.strerror or error}); make room, or give another folder with --out"
+            f"cannot write {out} ({error.strerror or error}); make room, or give another folder "
+            "with --out"
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     size, tokens = (meta["train"][key] + meta["val"][key] for key in ("bytes", "tokens"))
     print(
-        f"{out}: {sum(text != '' for _, text in documents):,} documents, {size:,} bytes, {tokens:,} tokens, "
-        f"{size / tokens:.2f} bytes per token; {meta['val']['bytes'] / size:.1%} of the bytes are validation"
+        f"{out}: {sum(text != '' for _, text in documents):,} documents, {size:,} bytes, "
+        f"{tokens:,} tokens, "
+        f"{size / tokens:.2f} bytes per token; {meta['val']['bytes'] / size:.1%} of the bytes are "
+        "validation"
     )
     return meta
 
@@ -382,7 +398,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         if args.encoding and args.vocab_size is not None:
             raise ValueError(
-                f"--encoding {args.encoding} brings its own vocabulary; leave out --vocab-size {args.vocab_size}"
+                f"--encoding {args.encoding} brings its own vocabulary; leave out --vocab-size "
+                f"{args.vocab_size}"
             )
         args.vocab_size = 2048 if args.vocab_size is None else args.vocab_size
         sources = [*map(str, args.text), *([] if args.url is None else [args.url]), *args.packages]

@@ -1,7 +1,8 @@
 """A byte-level BPE vocabulary: trained by rustbpe, run by tiktoken, readable by transformers.
 
-Four files hold one: tokenizer.tiktoken (token bytes and ranks) and tokenizer_meta.json (pattern, end of text, hash) are ours,
-tokenizer.json and tokenizer_config.json let AutoTokenizer open the same folder. They lie in every corpus and checkpoint."""
+Four files hold one: tokenizer.tiktoken (token bytes and ranks) and tokenizer_meta.json (pattern,
+end of text, hash) are ours, tokenizer.json and tokenizer_config.json let AutoTokenizer open the
+same folder. They lie in every corpus and checkpoint."""
 
 import base64
 import hashlib
@@ -14,19 +15,21 @@ from pathlib import Path
 import tiktoken
 
 EOT = "<|endoftext|>"  # joins documents and begins every sequence; always the last id
-# Cuts text into the words inside which BPE merges: letters with one leading mark, single digits (so that a number is as many
-# tokens as it has digits), punctuation, line ends, spaces. No possessive quantifiers: fancy-regex (rustbpe, tiktoken) and
-# Oniguruma (Hugging Face) read it alike.
+# Cuts text into the words inside which BPE merges: letters with one leading mark, single digits (so
+# that a number is as many tokens as it has digits), punctuation, line ends, spaces. No possessive
+# quantifiers: fancy-regex (rustbpe, tiktoken) and Oniguruma (Hugging Face) read it alike.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# GPT-2's own. tiktoken writes it with possessive quantifiers and `$`, which Oniguruma reads as the end of a line; this cuts alike.
+# GPT-2's own. tiktoken writes it with possessive quantifiers and `$`, which Oniguruma reads as the
+# end of a line; this cuts alike.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Both patterns begin a new word between a letter or digit and a single space or newline before another word:
-# text cut there encodes as it does whole.
+# Both patterns begin a new word between a letter or digit and a single space or newline before
+# another word: text cut there encodes as it does whole.
 SAFE_CUT = re.compile(r"(?<=[^\W_])(?=[ \n]\w)")
 
 
 class Tokenizer:
-    """Text <-> token ids. `ranks` maps token bytes to ids 0..n-1, a lower id merging first; id n is end of text."""
+    """Text <-> token ids. `ranks` maps token bytes to ids 0..n-1, a lower id merging first; id n is
+    end of text."""
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN):
         self.ranks, self.pattern = ranks, pattern
@@ -45,11 +48,13 @@ class Tokenizer:
         return self.encoding.encode_ordinary_batch(list(texts))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ids: UTF-8, unless ids begin or end inside a character. End of text is spelled out."""
+        """The bytes of ids: UTF-8, unless ids begin or end inside a character. End of text is
+        spelled out."""
         return self.encoding.decode_bytes(list(ids))
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id stands for: none for end of text, so that bits per byte does not count it."""
+        """The bytes that one id stands for: none for end of text, so that bits per byte does not
+        count it."""
         return b"" if token == self.eot_token else self.encoding.decode_single_token_bytes(token)
 
     @cached_property
@@ -95,9 +100,10 @@ class Tokenizer:
     def huggingface(self) -> dict:
         """The same encoding in the vocabulary of Hugging Face's tokenizer.json.
 
-        tiktoken joins whichever adjacent pair makes the token of lowest rank; Hugging Face wants the pairs listed. So each token
-        lists every split of it into two tokens. The pairs of one token should be ties, won by the leftmost; listed, the longer
-        left half wins, as it does in the runs of one character where such ties occur."""
+        tiktoken joins whichever adjacent pair makes the token of lowest rank; Hugging Face wants
+        the pairs listed. So each token lists every split of it into two tokens. The pairs of one
+        token should be ties, won by the leftmost; listed, the longer left half wins, as it does in
+        the runs of one character where such ties occur."""
         letter = byte_letters()
         spell = {token: "".join(letter[byte] for byte in token) for token in self.ranks}
         merges = [
@@ -162,8 +168,9 @@ def byte_letters() -> dict[int, str]:
 
 
 def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """Cut text where both patterns do, so that a long document encodes piece by piece to the same ids (text without such
-    places stays whole). size is the least length of a piece, in characters."""
+    """Cut text where both patterns do, so that a long document encodes piece by piece to the same
+    ids (text without such places stays whole). size is the least length of a piece, in
+    characters."""
     start = 0
     while (cut := SAFE_CUT.search(text, start + size)) is not None:
         yield text[start : cut.start()]
@@ -172,16 +179,19 @@ def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a vocabulary of vocab_size ids, end of text included. Raises ValueError when texts hold too few pairs to merge."""
+    """Train a vocabulary of vocab_size ids, end of text included. Raises ValueError when texts hold
+    too few pairs to merge."""
     import rustbpe
 
     if not 257 <= vocab_size <= 1_000_000:
         raise ValueError(
-            f"a vocabulary of {vocab_size} ids is out of range; choose 257 (256 bytes and end of text) to 1,000,000"
+            f"a vocabulary of {vocab_size} ids is out of range; choose 257 (256 bytes and end of "
+            "text) to 1,000,000"
         )
     wanted = vocab_size - 1
     trainer = rustbpe.Tokenizer()
-    # Two different pairs can spell the same bytes, which tiktoken knows once: train a few more and keep the first of each spelling.
+    # Two different pairs can spell the same bytes, which tiktoken knows once: train a few more and
+    # keep the first of each spelling.
     short = (piece for text in texts for piece in pieces(text))
     trainer.train_from_iterator(short, wanted + wanted // 16 + 16, buffer_size=32, pattern=PATTERN)
     ranks: dict[bytes, int] = {}
@@ -190,13 +200,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             ranks.setdefault(bytes(token), len(ranks))
     if len(ranks) < wanted:
         raise ValueError(
-            f"the text is too small for a vocabulary of {vocab_size:,}: it gives {len(ranks) + 1:,}; add text or lower --vocab-size"
+            f"the text is too small for a vocabulary of {vocab_size:,}: it gives "
+            f"{len(ranks) + 1:,}; add text or lower --vocab-size"
         )
     return Tokenizer(ranks)
 
 
 def gpt2_tokenizer() -> Tokenizer:
-    """tiktoken's `gpt2` (50,257 ids). Raises OSError when its files are neither cached nor to be had."""
+    """tiktoken's `gpt2` (50,257 ids). Raises OSError when its files are neither cached nor to be
+    had."""
     try:
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     except (
@@ -204,14 +216,17 @@ def gpt2_tokenizer() -> Tokenizer:
         ValueError,
     ) as error:  # requests' errors are OSErrors; a damaged download is a ValueError
         raise OSError(
-            f"cannot fetch vocab.bpe and encoder.json of tiktoken's gpt2 encoding ({type(error).__name__}); connect to the "
-            "network once, or set TIKTOKEN_CACHE_DIR to a folder that holds them, or leave out --encoding"
+            "cannot fetch vocab.bpe and encoder.json of tiktoken's gpt2 encoding "
+            f"({type(error).__name__}); connect to the "
+            "network once, or set TIKTOKEN_CACHE_DIR to a folder that holds them, or leave out "
+            "--encoding"
         ) from error
     return Tokenizer(ranks, GPT2_PATTERN)
 
 
 def load_tokenizer(path: Path | str) -> "Tokenizer | HuggingFaceTokenizer":
-    """The tokenizer of a corpus or checkpoint folder: ours, else a tokenizer.json alone, as in Hugging Face's checkpoints.
+    """The tokenizer of a corpus or checkpoint folder: ours, else a tokenizer.json alone, as in
+    Hugging Face's checkpoints.
 
     Raises FileNotFoundError or ValueError, each naming the file and the mend."""
     rank_path, meta_path = Path(path) / "tokenizer.tiktoken", Path(path) / "tokenizer_meta.json"
@@ -226,7 +241,10 @@ def load_tokenizer(path: Path | str) -> "Tokenizer | HuggingFaceTokenizer":
             raise FileNotFoundError(
                 f"{file} not found; `python -m data.prepare` makes a corpus, with its tokenizer"
             )
-    mend = "copy the tokenizer's files again from the corpus that this model was trained on, or prepare the corpus anew"
+    mend = (
+        "copy the tokenizer's files again from the corpus that this model was trained on, or "
+        "prepare the corpus anew"
+    )
     try:
         meta = json.loads(meta_path.read_bytes())
         pattern, specials, digest = meta["pattern"], meta["special_tokens"], meta["hash"]
@@ -245,7 +263,8 @@ def load_tokenizer(path: Path | str) -> "Tokenizer | HuggingFaceTokenizer":
         raise ValueError(f"{rank_path} is damaged ({error}); {mend}") from error
     if not isinstance(pattern, str) or specials != {EOT: len(ranks)}:
         raise ValueError(
-            f"{meta_path} says special tokens {specials}, {rank_path.name} leaves {{'{EOT}': {len(ranks)}}}; {mend}"
+            f"{meta_path} says special tokens {specials}, {rank_path.name} leaves {{'{EOT}': "
+            f"{len(ranks)}}}; {mend}"
         )
     try:
         tokenizer = Tokenizer(ranks, pattern)
@@ -253,13 +272,15 @@ def load_tokenizer(path: Path | str) -> "Tokenizer | HuggingFaceTokenizer":
         raise ValueError(f"{meta_path} is damaged ({error}); {mend}") from error
     if tokenizer.hash != digest:
         raise ValueError(
-            f"{meta_path} says hash {str(digest)[:12]}, its files have {tokenizer.hash[:12]}; {mend}"
+            f"{meta_path} says hash {str(digest)[:12]}, its files have {tokenizer.hash[:12]}; "
+            f"{mend}"
         )
     return tokenizer
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face checkpoint's tokenizer.json (Command R7B's, say) behind our interface, run by the optional package `tokenizers`."""
+    """A Hugging Face checkpoint's tokenizer.json (Command R7B's, say) behind our interface, run by
+    the optional package `tokenizers`."""
 
     def __init__(self, folder: Path):
         file = folder / "tokenizer.json"
@@ -277,7 +298,8 @@ class HuggingFaceTokenizer:
             ) from error
         if type(self.engine.decoder).__name__ != "ByteLevel":
             raise ValueError(
-                f"{file} has the decoder {type(self.engine.decoder).__name__}; only byte-level vocabularies are implemented"
+                f"{file} has the decoder {type(self.engine.decoder).__name__}; only byte-level "
+                "vocabularies are implemented"
             )
         self.engine.encode_special_tokens = True  # one that is spelled out is ordinary text
         self.engine.no_truncation()
@@ -294,7 +316,8 @@ class HuggingFaceTokenizer:
         )
 
     def _special(self, folder: Path, name: str) -> int:
-        """Its id, from tokenizer_config.json, which spells it, or config.json, which has the id (the first, if several)."""
+        """Its id, from tokenizer_config.json, which spells it, or config.json, which has the id
+        (the first, if several)."""
         for file, key in (
             (folder / "tokenizer_config.json", name),
             (folder / "config.json", f"{name}_id"),
@@ -316,7 +339,8 @@ class HuggingFaceTokenizer:
             if isinstance(value, int):
                 return value
         raise ValueError(
-            f"{folder}: neither tokenizer_config.json nor config.json names a {name} that tokenizer.json has"
+            f"{folder}: neither tokenizer_config.json nor config.json names a {name} that "
+            "tokenizer.json has"
         )
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -324,7 +348,8 @@ class HuggingFaceTokenizer:
         return self.engine.encode(text, add_special_tokens=False).ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ids; special tokens are spelled out, and an id that the vocabulary leaves free is nothing."""
+        """The bytes of ids; special tokens are spelled out, and an id that the vocabulary leaves
+        free is nothing."""
         return b"".join(
             self.added[i]
             if i in self.added

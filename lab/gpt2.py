@@ -1,4 +1,5 @@
-"""GPT-2 from torch.nn, as nanoGPT trains it (no biases, exact GELU, a vocabulary padded to 50,304): the peer of lab.speed."""
+"""GPT-2 from torch.nn, as nanoGPT trains it (no biases, exact GELU, a vocabulary padded to 50,304):
+the peer of lab.speed."""
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Learned positions up to `length`, full causal attention in every layer, the output matrix tied to the embeddings."""
+    """Learned positions up to `length`, full causal attention in every layer, the output matrix
+    tied to the embeddings."""
 
     def __init__(
         self,
@@ -61,7 +63,8 @@ class GPT2(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.ndim == 2) - self.wpe.weight.numel()
 
     def flops_per_token(self, length: int) -> float:
-        """Training FLOPs of a token in sequences of `length`, visible pairs only, as Transformer.flops_per_token counts them."""
+        """Training FLOPs of a token in sequences of `length`, visible pairs only, as
+        Transformer.flops_per_token counts them."""
         return (
             6 * self.matmul_parameters()
             + 12 * self.wte.embedding_dim * len(self.layers) * visible_pairs(length) / length

@@ -1,19 +1,21 @@
-"""How fast this code is beside what people use: transformers' Cohere2 with the same weights, and GPT-2 as nanoGPT trains it.
+"""How fast this code is beside what people use: transformers' Cohere2 with the same weights, and
+GPT-2 as nanoGPT trains it.
 
-    python -m lab.speed                      training step, forward, decoding, and the memory switches: minutes on one CPU thread
+    python -m lab.speed                      training step, forward, decoding, memory: minutes
     python -m lab.speed train --compile      ours compiled (and GPT-2); Cohere2 stays eager
     python -m lab.speed long --repeats 2     16k tokens; Cohere2's dense masks take minutes on a CPU
     python -m lab.speed job                  where the time of `python train.py` goes
-    python -m lab.speed --out results        also written to results/speed-MACHINE.md; its other sections stay
+    python -m lab.speed --out results        also into results/speed-MACHINE.md, section by section
 
-Who is compared runs by turns in one process, after all have said the same; times are medians, of one thread its CPU time. Peak memory is of a step in a
-process of its own, beyond the model. FLOPs count visible pairs only (Transformer.flops_per_token), and beside that as usually
-published, 6 N + 12 L d T; both as a share of the matmul rate that the machine showed in the same turns, and as MFU where the
-datasheet's peak is known. On CUDA models run in bfloat16 autocast, on CPU in float32.
+Who is compared runs by turns in one process, after all have said the same; times are medians, of
+one thread its CPU time. Peak memory is of a step in a process of its own, beyond the model. FLOPs
+count visible pairs only (Transformer.flops_per_token), and beside that as usually published,
+6 N + 12 L d T; both as a share of the matmul rate that the machine showed in the same turns, and as
+MFU where the datasheet's peak is known. On CUDA models run in bfloat16 autocast, on CPU in float32.
 """
 
-import argparse
 import contextlib
+import importlib.metadata
 import io
 import multiprocessing
 import os
@@ -24,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from argparse import BooleanOptionalAction
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,51 +41,26 @@ from torch import Tensor, nn
 import engine
 import train
 from attention import attend, visible_pairs
-from commandline import CommandLine, choose_device, fail
+from commandline import CommandLine, choose_device, guarded
 from data.batches import held_out_examples
 from data.needles import Needles
 from evaluate import needle_score, needle_table, validation_loss
 from lab.cost import peak_bytes
 from lab.gpt2 import GPT2
+from lab.report import at_least, markdown
 from lab.runs import multiplies_bfloat16
 from model import ModelConfig, Transformer
 
-SHAPE = {
-    "n_layer": 8,
-    "n_head": 8,
-    "n_kv_head": 2,
-    "d_model": 256,
-    "d_ff": 704,
-    "vocab_size": 512,
-    "window": 256,
-}
-PEERS = {  # GPT-2's shape; ours with its depth, width, vocabulary and number of parameters; sequences of 1,024 tokens at a time on (CPU, CUDA)
-    "124M": (
-        {"n_layer": 12, "n_head": 12, "d_model": 768, "vocab_size": 50304},
-        {
-            "n_layer": 12,
-            "n_head": 12,
-            "n_kv_head": 4,
-            "d_model": 768,
-            "d_ff": 2432,
-            "vocab_size": 50304,
-            "window": 128,
-        },
-        (1, 32),
-    ),
-    "350M": (
-        {"n_layer": 24, "n_head": 16, "d_model": 1024, "vocab_size": 50304},
-        {
-            "n_layer": 24,
-            "n_head": 16,
-            "n_kv_head": 4,
-            "d_model": 1024,
-            "d_ff": 3200,
-            "vocab_size": 50304,
-            "window": 128,
-        },
-        (1, 16),
-    ),
+SHAPE = {"n_layer": 8, "n_head": 8, "n_kv_head": 2, "d_model": 256, "d_ff": 704}
+SHAPE |= {"vocab_size": 512, "window": 256}
+# GPT-2's shape, and ours with its depth, width, vocabulary and number of parameters.
+GPT2_124M = {"n_layer": 12, "n_head": 12, "d_model": 768, "vocab_size": 50304}
+GPT2_350M = {"n_layer": 24, "n_head": 16, "d_model": 1024, "vocab_size": 50304}
+OURS_124M = GPT2_124M | {"n_kv_head": 4, "d_ff": 2432, "window": 128}
+OURS_350M = GPT2_350M | {"n_kv_head": 4, "d_ff": 3200, "window": 128}
+PEERS = {  # (theirs, ours, sequences of 1,024 tokens at a time on CPU and CUDA)
+    "124M": (GPT2_124M, OURS_124M, (1, 32)),
+    "350M": (GPT2_350M, OURS_350M, (1, 16)),
 }
 
 
@@ -106,7 +84,8 @@ class Setup:
 
     @property
     def clock(self) -> Callable[[], float]:
-        """Seconds: of the CPU where one thread works, so that what else the machine does counts little; else of the wall."""
+        """Seconds: of the CPU where one thread works, so that what else the machine does counts
+        little; else of the wall."""
         return time.process_time if self.threads == 1 and not self.cuda else time.perf_counter
 
     def autocast(self):
@@ -115,7 +94,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class Job:
-    """A model to train and the size of its batch: all that another process needs to build it. Equal shapes get equal weights."""
+    """A model to train and the size of its batch: all that another process needs to build it. Equal
+    shapes get equal weights."""
 
     name: str
     kind: str  # ours, cohere2 or gpt2
@@ -124,48 +104,39 @@ class Job:
     length: int
     compiled: bool = False
     recompute: bool = False
-    whole: bool = (
-        False  # ours, with the cross-entropy of whole logits in place of the loss by chunks
-    )
+    whole: bool = False  # ours, with the cross-entropy of whole logits
+
+    def model(self) -> Transformer | GPT2:
+        """Ours, or GPT-2."""
+        if self.kind == "gpt2":
+            return GPT2(**self.shape, length=self.length)
+        return Transformer(ModelConfig(**self.shape))
 
     def build(self, device: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
         """The model, and its loss of (tokens, targets)."""
         torch.manual_seed(0)
-        model = (
-            GPT2(**self.shape, length=self.length)
-            if self.kind == "gpt2"
-            else Transformer(ModelConfig(**self.shape))
-        )
+        model = self.model()
+        model.recompute = self.recompute
         if self.kind == "cohere2":
             model = as_cohere2(model)
-        else:
-            model.recompute = self.recompute
         model.to(device).train()
-        logits = (
-            (lambda tokens: model(tokens, use_cache=False).logits)
-            if self.kind == "cohere2"
-            else model
-        )
-        loss_of = lambda tokens, targets: F.cross_entropy(
-            logits(tokens).flatten(0, 1).float(), targets.flatten()
-        )
-        if self.kind == "ours" and not self.whole:
-            loss_of = model.loss
+        logits_of = model
+        if self.kind == "cohere2":
+            logits_of = lambda tokens: model(tokens, use_cache=False).logits
+
+        def whole(tokens: Tensor, targets: Tensor) -> Tensor:
+            logits = logits_of(tokens).flatten(0, 1).float()
+            return F.cross_entropy(logits, targets.flatten())
+
+        loss_of = model.loss if self.kind == "ours" and not self.whole else whole
         return model, torch.compile(loss_of) if self.compiled else loss_of
 
     def flops(self) -> tuple[float, float]:
         """Training FLOPs a token: of visible pairs only, and 6 N + 12 L d T."""
         with torch.device("meta"):
-            model = (
-                GPT2(**self.shape, length=self.length)
-                if self.kind == "gpt2"
-                else Transformer(ModelConfig(**self.shape))
-            )
-        everything = (
-            6 * model.matmul_parameters()
-            + 12 * self.shape["n_layer"] * self.shape["d_model"] * self.length
-        )
-        return model.flops_per_token(self.length), everything
+            model = self.model()
+        everything = 12 * self.shape["n_layer"] * self.shape["d_model"] * self.length
+        return model.flops_per_token(self.length), 6 * model.matmul_parameters() + everything
 
 
 def as_cohere2(model: Transformer) -> nn.Module:
@@ -175,17 +146,16 @@ def as_cohere2(model: Transformer) -> nn.Module:
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        return load(folder, attn_implementation="sdpa")
 
 
 def training_step(job: Job, setup: Setup) -> Callable[[], float]:
     """What runs forward and backward once, to its end, and returns the loss."""
     model, loss_of = job.build(setup.device)
-    text = torch.randint(
-        job.shape["vocab_size"] - 1,
-        (job.batch, job.length + 1),
-        generator=torch.Generator().manual_seed(1),
-    )
+    generator = torch.Generator().manual_seed(1)
+    size = (job.batch, job.length + 1)
+    text = torch.randint(job.shape["vocab_size"] - 1, size, generator=generator)
     tokens, targets = text[:, :-1].to(setup.device), text[:, 1:].to(setup.device)
 
     def step() -> float:
@@ -199,13 +169,14 @@ def training_step(job: Job, setup: Setup) -> Callable[[], float]:
 
 
 def agree(said: dict[str, Tensor], tolerance: float) -> None:
-    """ArithmeticError where one says something else than the first, relative to its largest number."""
+    """ValueError where one says something else than the first, relative to its largest number."""
     (first, expected), *others = said.items()
     for name, got in others:
         error = ((got - expected).abs().max() / expected.abs().max()).item()
         if not error <= tolerance:
-            raise ArithmeticError(
-                f"{name} and {first} do not say the same: off by {error:.1e} of the largest number, and {tolerance:.0e} is allowed; their times mean nothing"
+            raise ValueError(
+                f"{name} and {first} do not say the same: off by {error:.1e} of the largest "
+                f"number, and {tolerance:.0e} is allowed; their times mean nothing"
             )
 
 
@@ -222,9 +193,9 @@ def alternate(
     return {name: statistics.median(seen) for name, seen in seconds.items()}
 
 
-def matmul(setup: Setup, n: int | None = None) -> tuple[Callable[[], float], float]:
+def matmul(setup: Setup) -> tuple[Callable[[], float], float]:
     """What multiplies two large square matrices once, and its FLOPs."""
-    n = n or (8192 if setup.cuda else 2048)
+    n = 8192 if setup.cuda else 2048
     a = torch.randn(n, n, device=setup.device, dtype=setup.dtype)
     return lambda: (a @ a)[0, 0].item(), 2.0 * n**3
 
@@ -240,54 +211,9 @@ def step_memory(job: Job, setup: Setup) -> int:
 
 def alone(setup: Setup, work: Callable, *args):
     """work(*args) in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(
-        1, torch.set_num_threads, (setup.threads,)
-    ) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, torch.set_num_threads, (setup.threads,)) as pool:
         return pool.apply(work, args)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
-def training(jobs: list[Job], setup: Setup, repeats: int | None = None) -> str:
-    """Training steps of the jobs by turns, as a table; the last is who the others are measured by."""
-    repeats, (multiply, multiply_flops) = repeats or setup.repeats, matmul(setup)
-    steps = {job.name: training_step(job, setup) for job in jobs}
-    losses = {name: torch.tensor(step(), dtype=torch.float64) for name, step in steps.items()}
-    for job in jobs:
-        agree(
-            {other.name: losses[other.name] for other in jobs if other.shape == job.shape},
-            1e-2 if setup.cuda else 1e-5,
-        )
-    seconds = alternate(steps | {"matmul": multiply}, repeats, setup.clock)
-    rate, peak = multiply_flops / seconds["matmul"], datasheet_peak(setup)
-    del steps
-    head = [
-        "",
-        "ms a step",
-        "speed",
-        "FLOPs",
-        "tokens/s",
-        "of the matmul rate",
-        "by 6N + 12LdT",
-        "peak MiB",
-    ] + ["MFU", "MFU by 6N + 12LdT"] * bool(peak)
-    rows = []
-    for job in jobs:
-        took, speed = seconds[job.name], job.batch * job.length / seconds[job.name]
-        memory = (
-            ""
-            if job.compiled and not setup.cuda
-            else f"{alone(setup, step_memory, job, setup) / 2**20:,.0f}"
-        )  # a compiler in the process would be counted too
-        rows.append([
-            job.name, f"{took * 1e3:,.1f}", f"{seconds[jobs[-1].name] / took:.2f}", f"{job.flops()[0] / jobs[-1].flops()[0]:.2f}", f"{speed:,.0f}",
-            *(f"{flops * speed / rate:.0%}" for flops in job.flops()), memory, *(f"{flops * speed / peak:.1%}" for flops in job.flops() if peak),
-        ])  # fmt: skip
-    size = f"{jobs[0].batch} x {jobs[0].length:,} tokens a step, forward and backward; medians of {repeats} turns; one matrix product {rate / 1e9:,.0f} GFLOP/s"
-    return f"{size}.\n\n{table(head, rows)}"
 
 
 def datasheet_peak(setup: Setup) -> float | None:
@@ -300,25 +226,51 @@ def machine(setup: Setup) -> str:
     if setup.cuda:
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    named = cpuinfo.exists() and re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
     return named[1] if named else platform.processor() or platform.machine()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The sections
+# ------------------------------------------------------------------------------------------------
+# Training steps
+
+
+def training(jobs: list[Job], setup: Setup, at_most: int = 10**6) -> str:
+    """Training steps of the jobs by turns, at most so many, as a table; the last job is who the
+    others are measured by."""
+    repeats, (multiply, flops_of_multiply) = min(setup.repeats, at_most), matmul(setup)
+    steps = {job.name: training_step(job, setup) for job in jobs}
+    losses = {name: torch.tensor(step(), dtype=torch.float64) for name, step in steps.items()}
+    for job in jobs:
+        peers = [other.name for other in jobs if other.shape == job.shape]
+        agree({name: losses[name] for name in peers}, 1e-2 if setup.cuda else 1e-5)
+    seconds = alternate(steps | {"matmul": multiply}, repeats, setup.clock)
+    rate, peak = flops_of_multiply / seconds["matmul"], datasheet_peak(setup)
+    del steps
+
+    rows, base = [], jobs[-1]
+    for job in jobs:
+        took, flops = seconds[job.name], job.flops()
+        speed = job.batch * job.length / took
+        cells = [job.name, f"{took * 1e3:,.1f}", f"{seconds[base.name] / took:.2f}"]
+        cells += [f"{flops[0] / base.flops()[0]:.2f}", f"{speed:,.0f}"]
+        cells += [f"{each * speed / rate:.0%}" for each in flops]
+        if job.compiled and not setup.cuda:
+            cells.append("")  # a compiler in the process would be counted too
+        else:
+            cells.append(f"{alone(setup, step_memory, job, setup) / 2**20:,.0f}")
+        rows.append(cells + [f"{each * speed / peak:.1%}" for each in flops if peak])
+    head = ["", "ms a step", "speed", "FLOPs", "tokens/s", "of the matmul rate"]
+    head += ["by 6N + 12LdT", "peak MiB"] + ["MFU", "MFU by 6N + 12LdT"] * bool(peak)
+    size = f"{base.batch} x {base.length:,} tokens a step, forward and backward"
+    turns = f"medians of {repeats} turns; one matrix product {rate / 1e9:,.0f} GFLOP/s"
+    return f"{size}; {turns}.\n\n{markdown(head, rows)}"
 
 
 def peers(setup: Setup, shape: dict, batch: int, length: int) -> list[Job]:
     """Ours and Cohere2."""
+    name = "ours, compiled" if setup.compiled else "ours"
     return [
-        Job(
-            "ours, compiled" if setup.compiled else "ours",
-            "ours",
-            shape,
-            batch,
-            length,
-            setup.compiled,
-        ),
+        Job(name, "ours", shape, batch, length, setup.compiled),
         Job("Cohere2, SDPA, eager", "cohere2", shape, batch, length),
     ]
 
@@ -330,73 +282,7 @@ def train_section(setup: Setup, shape: dict = SHAPE, batch: int = 4, length: int
 
 def long_section(setup: Setup, shape: dict = SHAPE, length: int = 16384) -> str:
     """The same with one long sequence."""
-    return training(peers(setup, shape, 1, length), setup, min(setup.repeats, 3))
-
-
-def forward_section(setup: Setup, shape: dict = SHAPE, batch: int = 4, length: int = 1024) -> str:
-    """Logits of a batch, without gradients."""
-    works = {}
-    for job in peers(setup, shape, batch, length):
-        model, _ = job.build(setup.device)
-        run = (
-            torch.compile(model)
-            if job.compiled
-            else model
-            if job.kind == "ours"
-            else partial(model, use_cache=False)
-        )
-        works[job.name] = run
-    tokens = torch.randint(shape["vocab_size"] - 1, (batch, length), device=setup.device)
-
-    @torch.no_grad()
-    def logits(run) -> Tensor:
-        with setup.autocast():
-            out = run(tokens)
-        return (out if isinstance(out, Tensor) else out.logits).float().cpu()
-
-    agree({name: logits(run) for name, run in works.items()}, 5e-2 if setup.cuda else 1e-4)
-    seconds = alternate(
-        {name: partial(logits, run) for name, run in works.items()}, setup.repeats, setup.clock
-    )
-    *_, base = seconds.values()
-    rows = [
-        [name, f"{took * 1e3:,.1f}", f"{base / took:.2f}", f"{batch * length / took:,.0f}"]
-        for name, took in seconds.items()
-    ]
-    return f"Logits of {batch} x {length:,} tokens; medians of {setup.repeats} turns.\n\n" + table(
-        ["", "ms", "speed", "tokens/s"], rows
-    )
-
-
-def decode_section(setup: Setup, shape: dict = SHAPE, prompt: int = 64) -> str:
-    """Greedy decoding of one sequence."""
-    (_, ours, _), (_, theirs, _) = (
-        (job.name, *job.build(setup.device)) for job in peers(setup, shape, 1, prompt)
-    )
-    ours.eval(), theirs.eval()
-    if setup.compiled:
-        ours.compile_decoding()
-    tokens, new = (
-        torch.randint(shape["vocab_size"] - 1, (1, prompt), device=setup.device),
-        setup.new_tokens,
-    )
-    works = {
-        "ours, compiled" if setup.compiled else "ours": lambda: ours.generate(tokens, new).float(),
-        "Cohere2, SDPA, eager": lambda: theirs.generate(
-            tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False
-        ).float(),
-    }
-    agree({name: work() for name, work in works.items()}, 0)
-    seconds = alternate(works, setup.repeats, setup.clock)
-    *_, base = seconds.values()
-    rows = [
-        [name, f"{took / new * 1e3:.2f}", f"{base / took:.2f}", f"{new / took:,.0f}"]
-        for name, took in seconds.items()
-    ]
-    return (
-        f"{new} tokens after a prompt of {prompt}, float32; medians of {setup.repeats} turns.\n\n"
-        + table(["", "ms a token", "speed", "tokens/s"], rows)
-    )
+    return training(peers(setup, shape, 1, length), setup, at_most=3)
 
 
 def memory_section(
@@ -410,22 +296,20 @@ def memory_section(
         job("whole logits, recompute", whole=True, recompute=True),
         job("whole logits", whole=True),
     ]
-    return f"A vocabulary of {shape['vocab_size']:,}. " + training(
-        jobs, setup, min(setup.repeats, 3)
-    )
+    return f"A vocabulary of {shape['vocab_size']:,}. {training(jobs, setup, at_most=3)}"
 
 
 def gpt2_section(setup: Setup, sizes: dict = PEERS, length: int = 1024) -> str:
     """Training steps of GPT-2, 124M (on CUDA 350M too), beside ours with as many parameters."""
-    parts = []
+    parts, mode = [], ", compiled" if setup.compiled else ""
     for size, (theirs, ours, batches) in sizes.items():
         if size == "124M" or setup.cuda:
-            batch, mode = batches[setup.cuda], ", compiled" if setup.compiled else ""
+            how = (batches[setup.cuda], length, setup.compiled)
             jobs = [
-                Job(f"ours, {size}{mode}", "ours", ours, batch, length, setup.compiled),
-                Job(f"GPT-2, {size}{mode}", "gpt2", theirs, batch, length, setup.compiled),
+                Job(f"ours, {size}{mode}", "ours", ours, *how),
+                Job(f"GPT-2, {size}{mode}", "gpt2", theirs, *how),
             ]
-            parts.append(training(jobs, setup, min(setup.repeats, 20 if setup.cuda else 3)))
+            parts.append(training(jobs, setup, at_most=20 if setup.cuda else 3))
     return "\n\n".join(parts)
 
 
@@ -433,205 +317,237 @@ def contexts_section(
     setup: Setup, shape: dict | None = None, lengths: tuple = (), windows: tuple = ()
 ) -> str:
     """R against rrrN at growing context and as many tokens a step, all with `recompute`."""
-    shape = shape or (PEERS["124M"][1] if setup.cuda else SHAPE)
+    shape = shape or (OURS_124M if setup.cuda else SHAPE)
     lengths = lengths or ((4096, 16384, 65536, 131072) if setup.cuda else (1024, 4096))
     windows = windows or ((1024, 4096) if setup.cuda else (64, 256))
     parts = []
     for length in lengths:
-        job = lambda name, **more: Job(
-            name,
-            "ours",
-            shape | more,
-            max(lengths) // length,
-            length,
-            setup.compiled,
-            recompute=True,
-        )
-        jobs = [
-            *(job(f"rrrN, window {window:,}", pattern="rrrN", window=window) for window in windows),
-            job("R", pattern="R"),
-        ]
-        parts.append(training(jobs, setup, min(setup.repeats, 3)))
+        how = (max(lengths) // length, length, setup.compiled, True)
+        jobs = []
+        for window in windows:
+            hybrid = shape | {"pattern": "rrrN", "window": window}
+            jobs.append(Job(f"rrrN, window {window:,}", "ours", hybrid, *how))
+        jobs.append(Job("R", "ours", shape | {"pattern": "R"}, *how))
+        parts.append(training(jobs, setup, at_most=3))
     return "\n\n".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------
+# Forward, decoding, kernels
+
+
+def forward_section(setup: Setup, shape: dict = SHAPE, batch: int = 4, length: int = 1024) -> str:
+    """Logits of a batch, without gradients."""
+    runs = {}
+    for job in peers(setup, shape, batch, length):
+        model, _ = job.build(setup.device)
+        theirs = partial(model, use_cache=False)
+        ours = torch.compile(model) if job.compiled else model
+        runs[job.name] = theirs if job.kind == "cohere2" else ours
+    tokens = torch.randint(shape["vocab_size"] - 1, (batch, length), device=setup.device)
+
+    @torch.no_grad()
+    def logits(run) -> Tensor:
+        with setup.autocast():
+            out = run(tokens)
+        return (out if isinstance(out, Tensor) else out.logits).float().cpu()
+
+    agree({name: logits(run) for name, run in runs.items()}, 5e-2 if setup.cuda else 1e-4)
+    works = {name: partial(logits, run) for name, run in runs.items()}
+    head, size = ["", "ms", "speed", "tokens/s"], f"Logits of {batch} x {length:,} tokens"
+    return f"{size}; {side_by_side(works, setup, batch * length, head, '.1f', 1)}"
+
+
+def decode_section(setup: Setup, shape: dict = SHAPE, prompt: int = 64) -> str:
+    """Greedy decoding of one sequence."""
+    jobs = peers(setup, shape, 1, prompt)
+    ours, theirs = (job.build(setup.device)[0].eval() for job in jobs)
+    tokens = torch.randint(shape["vocab_size"] - 1, (1, prompt), device=setup.device)
+    new = setup.new_tokens
+
+    def our_text() -> Tensor:
+        made = engine.stream(ours, tokens, new, compiled=setup.compiled)
+        return torch.cat((tokens, torch.stack(list(made), dim=1)), dim=1).float()
+
+    def their_text() -> Tensor:
+        exactly = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        return theirs.generate(tokens, **exactly).float()
+
+    works = {jobs[0].name: our_text, jobs[1].name: their_text}
+    agree({name: work() for name, work in works.items()}, 0)
+    head = ["", "ms a token", "speed", "tokens/s"]
+    size = f"{new} tokens after a prompt of {prompt}, float32"
+    return f"{size}; {side_by_side(works, setup, new, head, '.2f', new)}"
+
+
+def side_by_side(
+    works: dict[str, Callable], setup: Setup, tokens: int, head: list[str], digits: str, units: int
+) -> str:
+    """Medians of works that make so many tokens; the last is who others are measured by."""
+    seconds = alternate(works, setup.repeats, setup.clock)
+    *_, base = seconds.values()
+    rows = []
+    for name, took in seconds.items():
+        milliseconds = f"{took / units * 1e3:,{digits}}"
+        rows.append([name, milliseconds, f"{base / took:.2f}", f"{tokens / took:,.0f}"])
+    return f"medians of {setup.repeats} turns.\n\n{markdown(head, rows)}"
+
+
+def copying_rate(setup: Setup) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.randn(2**28 if setup.cuda else 2**25, device=setup.device)
+    target = torch.empty_like(source)
+    work = {"copy": lambda: target.copy_(source)[0].item()}
+    return 2 * source.nbytes / alternate(work, 9, setup.clock)["copy"]
 
 
 def long_decode_section(setup: Setup, shape: dict | None = None, context: int | None = None) -> str:
     """Decoding one sequence after a long context, rrrN against R."""
-    shape = shape or (PEERS["124M"][1] | {"window": 1024} if setup.cuda else SHAPE)
+    shape = shape or (OURS_124M | {"window": 1024} if setup.cuda else SHAPE)
     context = context or (131072 if setup.cuda else 8192)
-    source = torch.randn(2**28 if setup.cuda else 2**25, device=setup.device)
-    target = torch.empty_like(source)
-    copying = alternate({"copy": lambda: target.copy_(source)[0].item()}, 9, setup.clock)["copy"]
-    bandwidth, rows = 2 * source.nbytes / copying, []
-    del source, target
+    bandwidth, rows, count = copying_rate(setup), [], setup.new_tokens + 8
     tokens = torch.randint(shape["vocab_size"] - 1, (1, context), device=setup.device)
     for pattern in ("rrrN", "R"):
-        model = (
-            Transformer(ModelConfig(**shape | {"pattern": pattern}))
-            .to(setup.device, setup.dtype)
-            .eval()
-        )
-        if setup.compiled:
-            model.compile_decoding()
-        cache = model.new_cache(1, context + setup.new_tokens + 8)
-        stream = engine.stream(model, tokens, setup.new_tokens + 8, cache=cache)
+        model = Transformer(ModelConfig(**shape | {"pattern": pattern}))
+        model = model.to(setup.device, setup.dtype).eval()
+        cache = model.new_cache(1, context + count)
+        text = engine.stream(model, tokens, count, cache=cache, compiled=setup.compiled)
         for _ in range(8):  # the prompt, and what is compiled or captured at the first steps
-            next(stream).item()
-        took = alternate({"token": lambda: next(stream).item()}, setup.new_tokens, setup.clock)[
-            "token"
-        ]
+            next(text).item()
+        works = {"token": partial(lambda text: next(text).item(), text)}
+        took = alternate(works, setup.new_tokens, setup.clock)["token"]
         size = model.matmul_parameters() * setup.dtype.itemsize + cache.nbytes
-        rows.append(
-            [
-                pattern,
-                f"{took * 1e3:.2f}",
-                f"{size / 2**20:,.0f}",
-                f"{size / took / 1e9:,.0f}",
-                f"{size / took / bandwidth:.0%}",
-            ]
-        )
+        cells = [pattern, f"{took * 1e3:.2f}", f"{size / 2**20:,.0f}"]
+        rows.append([*cells, f"{size / took / 1e9:,.0f}", f"{size / took / bandwidth:.0%}"])
     head = ["", "ms a token", "MiB read (weights, cache)", "GB/s", "of the copying rate"]
-    mode = (
-        ", the step compiled" + (" into a CUDA graph" if setup.cuda else "")
-        if setup.compiled
-        else ""
-    )
-    return f"One sequence of {context:,} tokens, window {shape['window']:,}, {setup.dtype}{mode}; medians of {setup.new_tokens} tokens; copying {bandwidth / 1e9:,.0f} GB/s.\n\n{table(head, rows)}"
+    mode = ", the step compiled" * setup.compiled + " into a CUDA graph" * setup.cuda
+    text = f"One sequence of {context:,} tokens, window {shape['window']:,}, {setup.dtype}{mode}"
+    text += f"; medians of {setup.new_tokens} tokens; copying {bandwidth / 1e9:,.0f} GB/s"
+    return f"{text}.\n\n{markdown(head, rows)}"
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """PyTorch's varlen_attn (CUDA, half precision) over rows of equal length: q (b h t d), k and v (b k t d) -> (b h t d)."""
+    """PyTorch's varlen_attn (CUDA, half precision) over rows of equal length: q (b h t d), k and v
+    (b k t d) -> (b h t d)."""
     from torch.nn.attention.varlen import varlen_attn
 
     b, h, t, _ = q.shape
-    k, v = (
-        x.repeat_interleave(h // k.shape[1], dim=1) for x in (k, v)
-    )  # torch 2.11 does not group
+    k, v = (x.repeat_interleave(h // k.shape[1], dim=1) for x in (k, v))  # 2.11 does not group
     q, k, v = (rearrange(x, "b h t d -> (b t) h d") for x in (q, k, v))
     ends = torch.arange(0, (b + 1) * t, t, device=q.device, dtype=torch.int32)
-    out = varlen_attn(
-        q, k, v, ends, ends, t, t, window_size=(window - 1, 0)
-    )  # it counts the keys before the query's own
+    # It counts the keys before the query's own.
+    out = varlen_attn(q, k, v, ends, ends, t, t, window_size=(window - 1, 0))
     return rearrange(out, "(b t) h d -> b h t d", b=b)
 
 
 def kernels_section(
     setup: Setup, length: int | None = None, windows: tuple = (), heads: tuple = ()
 ) -> str:
-    """Windowed attention alone, forward and backward, beside what its visible pairs would take at the causal kernel's rate."""
+    """Windowed attention alone, forward and backward, beside what its visible pairs would take at
+    the causal kernel's rate."""
     length = length or (16384 if setup.cuda else 4096)
     h, k, d = heads or ((12, 4, 64) if setup.cuda else (8, 2, 32))
-    make = lambda heads: (
-        torch.randn(1, length, heads, d, device=setup.device, dtype=setup.dtype)
-        .transpose(1, 2)
-        .requires_grad_()
-    )
-    qkv, rows = [make(h), make(k), make(k)], []
-    upstream = torch.randn(1, h, length, d, device=setup.device, dtype=setup.dtype)
+    make = partial(torch.randn, device=setup.device, dtype=setup.dtype)
+    qkv = [make(1, n, length, d).requires_grad_() for n in (h, k, k)]
+    upstream, rows = make(1, h, length, d), []
+    names = ("flex", "varlen_attn", "banded", "sdpa") if setup.cuda else ("banded", "sdpa")
+
+    def run(name: str, window: int) -> Tensor:
+        if name == "varlen_attn":
+            return varlen(*qkv, window)
+        return attend(*qkv) if name == "causal" else attend(*qkv, window, name)
+
+    def both(name: str, window: int) -> float:
+        return torch.autograd.grad(run(name, window), qkv, upstream)[0][0, 0, 0, 0].item()
+
     for window in windows or ((1024, 4096) if setup.cuda else (64, 256)):
-        names = (
-            ("flex", "varlen_attn", "banded", "sdpa") if setup.cuda else ("banded", "sdpa")
-        )  # on CPU Flex has no backward pass
-        run = lambda name: (
-            varlen(*qkv, window)
-            if name == "varlen_attn"
-            else attend(
-                *qkv, None if name == "causal" else window, "sdpa" if name == "causal" else name
-            )
-        )
         with torch.no_grad():
-            agree({name: run(name).float() for name in names}, 2e-2 if setup.cuda else 1e-5)
-
-        def both(name: str) -> float:
-            return torch.autograd.grad(run(name), qkv, upstream)[0][0, 0, 0, 0].item()
-
-        works = {name: partial(both, name) for name in (*names, "causal")}
+            said = {name: run(name, window).float() for name in names}
+        agree(said, 2e-2 if setup.cuda else 1e-5)
+        works = {name: partial(both, name, window) for name in (*names, "causal")}
         alternate(works, 1, setup.clock)
         seconds = alternate(works, setup.repeats, setup.clock)
         promised = seconds["causal"] * visible_pairs(length, window) / visible_pairs(length)
-        rows += [
-            [
-                f"{window:,}",
-                name,
-                f"{took * 1e3:,.2f}",
-                f"{promised / took:.2f}" if name in names else "1.00",
-            ]
-            for name, took in seconds.items()
-        ]
+        for name, took in seconds.items():
+            share = f"{promised / took:.2f}" if name in names else "1.00"
+            rows.append([f"{window:,}", name, f"{took * 1e3:,.2f}", share])
     head = ["window", "kernel", "ms", "of the causal kernel's FLOP rate"]
-    return f"One sequence of {length:,}, {h} heads and {k} of keys and values, width {d}, {setup.dtype}; medians of {setup.repeats} turns.\n\n{table(head, rows)}"
+    size = f"One sequence of {length:,}, {h} heads and {k} of keys and values, width {d}"
+    turns = f"{setup.dtype}; medians of {setup.repeats} turns"
+    return f"{size}, {turns}.\n\n{markdown(head, rows)}"
+
+
+# ------------------------------------------------------------------------------------------------
+# The main job
 
 
 def job_section(setup: Setup, argv: tuple = ()) -> str:
-    """Where the time of `python train.py` goes, and of `python train.py --bf16` on a CPU that has bfloat16 units."""
-    native = not setup.cuda and multiplies_bfloat16()
-    return "\n\n".join(job_times(setup, (*argv, *more)) for more in ([], ["--bf16"])[: 1 + native])
+    """Where the time of `python train.py` goes, and of `python train.py --bf16` on a CPU that has
+    bfloat16 units."""
+    parts = [job_times(setup, argv)]
+    if not setup.cuda and multiplies_bfloat16():
+        parts.append(job_times(setup, (*argv, "--bf16")))
+    return "\n\n".join(parts)
 
 
 def job_times(setup: Setup, argv: tuple) -> str:
     """Some steps of each stage, times the number of them."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = train.read([*argv, "--out", f"{folder}/run", "--device", setup.device])
-    model, recipe, stages = run.model, run.recipe, run.recipe.stages()
-    held_out = Needles(run.corpus.tokenizer, run.corpus.val, evaluation=True)
+    run, _ = train.read([*argv, "--device", setup.device])
+    run.optimizers = train.make_optimizers(run.model, run.recipe)
+    model, recipe, corpus = run.model, run.recipe, run.corpus
+    held_out = Needles(corpus.tokenizer, corpus.val, evaluation=True)
     whole: Counter = Counter()
-    for stage in stages:
-        model.config, parts = stage.config, {}
-
-        def clock(part: str, work: Callable):
-            """work(), its seconds noted under `part`."""
-            started = setup.clock()
-            result = work()
-            if setup.cuda:
-                torch.cuda.synchronize()
-            parts.setdefault(part, []).append(setup.clock() - started)
-            return result
-
-        for step in range(stage.start, min(stage.start + setup.repeats, stage.end)):
-            batch = clock(
-                "data (made ahead, in a thread)", lambda: train.batch_of(run, stages, step)
-            ).to(run.device)
-            with train.autocast(run):
-                loss = clock(
-                    "forward", lambda: model.loss(batch.tokens, batch.targets, batch.weights)
-                )
-            clock("backward", loss.backward)
-            clock("clipping", lambda: nn.utils.clip_grad_norm_(model.parameters(), recipe.clip))
+    for stage in recipe.stages():
+        model.config, seen = stage.config, {}
+        steps = range(stage.start, stage.end)
+        for step in steps[: setup.repeats]:
+            with clocked(seen, "data (made ahead, in a thread)", setup):
+                batch = train.batch_of(run, step).to(run.device)
+            with clocked(seen, "forward", setup), train.autocast(run):
+                loss = model.loss(batch.tokens, batch.targets, batch.weights)
+            with clocked(seen, "backward", setup):
+                loss.backward()
+            with clocked(seen, "clipping", setup):
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             for optimizer in run.optimizers:
-                clock(type(optimizer).__name__, optimizer.step)
+                with clocked(seen, type(optimizer).__name__, setup):
+                    optimizer.step()
             model.zero_grad(set_to_none=True)
-        times = Counter(dict.fromkeys(parts, stage.end - stage.start))
-        evaluations = sum(
-            step % recipe.eval_every == 0 or step == stage.end
-            for step in range(stage.start + 1, stage.end + 1)
-        )
-        clock(
-            "evaluation: loss",
-            lambda: validation_loss(model, run.corpus, stage.longest, recipe.eval_tokens),
-        )
+        times = dict.fromkeys(seen, len(steps))
+        with clocked(seen, "evaluation: loss", setup):
+            validation_loss(model, corpus, stage.longest, recipe.eval_tokens)
         if run.needles:
-            clock(
-                "evaluation: needles",
-                lambda: needle_score(
-                    model,
-                    held_out_examples(held_out, stage.longest, 8, *held_out.counts(stage.longest)),
-                ),
-            )
-        for part, seen in parts.items():
-            whole[part] += statistics.median(seen) * times.get(part, evaluations)
+            counts = held_out.counts(stage.longest)
+            with clocked(seen, "evaluation: needles", setup):
+                needle_score(model, held_out_examples(held_out, stage.longest, 8, *counts))
+        ends = (step + 1 for step in steps)
+        evaluations = sum(n % recipe.eval_every == 0 or n == stage.end for n in ends)
+        for part, seconds in seen.items():
+            whole[part] += statistics.median(seconds) * times.get(part, evaluations)
     if run.needles and recipe.eval_questions:
-        started = setup.clock()
-        with contextlib.redirect_stdout(io.StringIO()):
+        seen = {}
+        quiet = contextlib.redirect_stdout(io.StringIO())
+        with quiet, clocked(seen, "the final needle table", setup):
             needle_table(model, held_out, model.config.trained_length, recipe.eval_questions)
-        whole["the final needle table"] = setup.clock() - started
+        whole.update({part: seconds[0] for part, seconds in seen.items()})
     total = sum(whole.values())
-    rows = [
-        [part, f"{seconds:,.1f}", f"{seconds / total:.0%}"] for part, seconds in whole.most_common()
-    ]
-    size = f"{recipe.steps:,} steps of {recipe.batch_tokens:,} tokens, {run.name}, {'bfloat16 autocast' if run.bf16 else 'float32'}; each part's median of {setup.repeats} steps, times their number; the forward pass makes the gradients of the loss on its way"
-    return (
-        f"{size}.\n\n{table(['part', 'seconds', 'share'], [*rows, ['all', f'{total:,.1f}', '']])}"
-    )
+    rows = [[part, f"{s:,.1f}", f"{s / total:.0%}"] for part, s in whole.most_common()]
+    rows.append(["all", f"{total:,.1f}", ""])
+    precision = "bfloat16 autocast" if run.bf16 else "float32"
+    size = f"{recipe.steps:,} steps of {recipe.batch_tokens:,} tokens, {run.name}, {precision}"
+    how = f"each part's median of {setup.repeats} steps, times their number"
+    aside = "the forward pass makes the gradients of the loss on its way"
+    return f"{size}; {how}; {aside}.\n\n{markdown(['part', 'seconds', 'share'], rows)}"
+
+
+@contextlib.contextmanager
+def clocked(seen: dict[str, list[float]], part: str, setup: Setup):
+    """The seconds of a block, noted under `part`."""
+    started = setup.clock()
+    yield
+    if setup.cuda:
+        torch.cuda.synchronize()
+    seen.setdefault(part, []).append(setup.clock() - started)
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Setup], str]]] = {
@@ -646,106 +562,70 @@ SECTIONS: dict[str, tuple[str, Callable[[Setup], str]]] = {
     "kernels": ("Windowed attention kernels", kernels_section),
     "job": ("Where the time of `python train.py` goes", job_section),
 }
-DEFAULT = {
-    False: ("train", "forward", "decode", "memory"),
-    True: ("train", "forward", "decode", "memory", "gpt2", "contexts", "long-decode", "kernels"),
-}
+DEFAULT = ("train", "forward", "decode", "memory")
+ON_CUDA = (*DEFAULT, "gpt2", "contexts", "long-decode", "kernels")
 WITH_COHERE2 = {"train", "forward", "decode", "long"}
 
 
 def record(path: Path, machine_name: str, heading: str, body: str) -> None:
     """Put a section into the file, in the place of an earlier one with its heading."""
-    preface = f"# Speed on {machine_name}\n\nWritten by `python -m lab.speed --out {path.parent}`, a section at a time; what the columns mean is said in lab/speed.py.\n"
-    _, *parts = path.read_text().split("\n## ") if path.exists() else [""]
+    _, *parts = path.read_text(encoding="utf-8").split("\n## ") if path.exists() else [""]
     sections = dict(part.split("\n", 1) for part in parts)
     sections[heading] = f"\n{body}\n"
-    path.write_text(
-        preface + "".join(f"\n## {name}\n{text.rstrip()}\n" for name, text in sections.items())
+    preface = (
+        f"# Speed on {machine_name}\n\nWritten by `python -m lab.speed --out {path.parent}`, a "
+        "section at a time; what the columns mean is said in lab/speed.py.\n"
     )
+    text = "".join(f"\n## {name}\n{body.rstrip()}\n" for name, body in sections.items())
+    path.write_text(preface + text, encoding="utf-8")
 
 
+@guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command. Bad input, peers that disagree and exhausted memory are one line and status 2."""
+    """The command."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = CommandLine(
-        prog="python -m lab.speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "sections",
-        nargs="*",
-        metavar="SECTION",
-        help=f"of {', '.join(SECTIONS)} (default: {' '.join(DEFAULT[False])}; on CUDA all but long and job)",
-    )
+    parser = CommandLine(prog="python -m lab.speed", description=__doc__)
+    default = f"(default: {' '.join(DEFAULT)}; on CUDA all but long and job)"
+    sections = {"nargs": "*", "metavar": "SECTION"}
+    parser.add_argument("sections", **sections, help=f"of {', '.join(SECTIONS)} {default}")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7, help="turns; slow sections take fewer")
     parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile ours and GPT-2 (default: on CUDA)",
-    )
-    parser.add_argument(
-        "--out", type=Path, help="a folder: what is printed also goes into its speed-MACHINE.md"
-    )
-    try:
-        args = parser.parse(argv)
-        for name in args.sections:
-            if name not in SECTIONS:
-                raise ValueError(f"section {name!r} is unknown: use {', '.join(SECTIONS)}")
-        for name in ("threads", "repeats", "new_tokens"):
-            if getattr(args, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1"
-                )
-        device, _ = choose_device(args.device)
-        if args.out and not args.out.is_dir():
-            raise FileNotFoundError(f"--out {args.out} is no folder: make it first")
-        cuda = device.type == "cuda"
-        setup = Setup(
-            str(device),
-            cuda if args.compile is None else args.compile,
-            args.threads,
-            args.repeats,
-            args.new_tokens,
-        )
-        sections, version = args.sections or DEFAULT[cuda], ""
-        if WITH_COHERE2 & set(sections):
-            try:
-                import transformers
-            except ImportError:
-                raise ValueError(
-                    "lab.speed compares with transformers, which is not installed: pip install -r requirements-dev.txt"
-                ) from None
-            version = f", transformers {transformers.__version__}"
-    except (ValueError, OSError) as error:
-        fail(error)
+    action = BooleanOptionalAction
+    parser.add_argument("--compile", action=action, help="ours and GPT-2 (default: on CUDA)")
+    parser.add_argument("--out", type=Path, help="a folder, for its speed-MACHINE.md")
+    args = parser.parse(argv)
+    for name in args.sections:
+        if name not in SECTIONS:
+            raise ValueError(f"section {name!r} is unknown: use {', '.join(SECTIONS)}")
+    at_least(1, threads=args.threads, repeats=args.repeats, new_tokens=args.new_tokens)
+    device, _ = choose_device(args.device)
+    if args.out and not args.out.is_dir():
+        raise FileNotFoundError(f"--out {args.out} is no folder: make it first")
+    cuda = device.type == "cuda"
+    compiled = cuda if args.compile is None else args.compile
+    setup = Setup(str(device), compiled, args.threads, args.repeats, args.new_tokens)
+    sections, version = args.sections or (ON_CUDA if cuda else DEFAULT), ""
+    if WITH_COHERE2 & set(sections):
+        try:
+            version = f", transformers {importlib.metadata.version('transformers')}"
+        except importlib.metadata.PackageNotFoundError:
+            mend = "which is not installed: pip install -r requirements-dev.txt"
+            raise ValueError(f"lab.speed compares with transformers, {mend}") from None
     torch.set_num_threads(setup.threads)
-    where = machine(setup)
+    where, clock = machine(setup), "CPU" if setup.clock is time.process_time else "wall"
     for name in sections:
         title, section = SECTIONS[name]
         title += ", compiled" if setup.compiled else ""
-        clock = "CPU" if setup.clock is time.process_time else "wall"
-        load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before it"
-        try:
-            body = (
-                f"`python -m lab.speed {shlex.join(argv)}`: torch {torch.__version__}{version}, {setup.threads} thread(s), {clock} time{load}.\n\n"
-                + section(setup)
-            )
-        except ArithmeticError as error:
-            fail(error)
-        except torch.OutOfMemoryError:
-            fail(f"section {name!r} is out of memory on {where}: leave it out by naming the others")
+        load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before it"
+        how = f"{setup.threads} thread(s), {clock} time, {load}"
+        command = f"`python -m lab.speed {shlex.join(argv)}`: torch {torch.__version__}{version}"
+        body = f"{command}, {how}.\n\n{section(setup)}"
         print(f"## {title}\n\n{body}\n", flush=True)
         if args.out:
-            record(
-                args.out / f"speed-{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.md",
-                where,
-                title,
-                body,
-            )
+            slug = re.sub("[^a-z0-9]+", "-", where.lower()).strip("-")
+            record(args.out / f"speed-{slug}.md", where, title, body)
 
 
 if __name__ == "__main__":

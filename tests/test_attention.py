@@ -514,12 +514,14 @@ def test_length_scales_against_the_formulas(kind):
     a, positions = 362, [0, 1, 2, 360, 361, 362, 722, 723, 1085, 8191, 200_000]
     expected = []
     for n in positions:  # n is the query's position from 0, so it sees n + 1 keys
-        expected.append({
-            "swan": math.log(a + n) / math.log(a),
-            "llama4": 1 + 0.1 * math.log(1 + (n + 1) // a),
-            "drope": 1 + 0.412 * math.log(max((n + 1) / a, 1)),
-            "ssmax": math.log(max(n + 1, 2)),
-        }[kind])  # fmt: skip
+        expected.append(
+            {
+                "swan": math.log(a + n) / math.log(a),
+                "llama4": 1 + 0.1 * math.log(1 + (n + 1) // a),
+                "drope": 1 + 0.412 * math.log(max((n + 1) / a, 1)),
+                "ssmax": math.log(max(n + 1, 2)),
+            }[kind]
+        )
     scale = length_scale(kind, torch.tensor(positions), a)
     assert scale.dtype == torch.float32
     np.testing.assert_allclose(scale, expected, rtol=1e-6)  # float32 logarithms

@@ -1,8 +1,10 @@
-"""Checkpoints against transformers' own Cohere2, run live on small random models: both directions, to rounding error.
+"""Checkpoints against transformers' own Cohere2, run live on small random models: both directions,
+to rounding error.
 
-TOLERANCE, relative to the largest entry: two float32 programs that order their sums differently stay within some 10 ulp
-(1.2e-7 each) a layer; the worst measured of everything here, gradients included, is 4e-6. 2e-5 leaves five times that for other
-machines, and the smallest planted error (theta off by 1%) makes 2e-3.
+TOLERANCE, relative to the largest entry: two float32 programs that order their sums differently
+stay within some 10 ulp (1.2e-7 each) a layer; the worst measured of everything here, gradients
+included, is 4e-6. 2e-5 leaves five times that for other machines, and the smallest planted error
+(theta off by 1%) makes 2e-3.
 """
 
 import json
@@ -21,13 +23,14 @@ transformers = pytest.importorskip(
     "transformers", reason="the oracle; pip install -r requirements-dev.txt"
 )
 safetensors_torch = pytest.importorskip("safetensors.torch")
+# noqa: E402
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cohere2Config,
     Cohere2ForCausalLM,
-)  # noqa: E402
+)
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -79,7 +82,8 @@ THEIRS = {  # what transformers saves, in Cohere2Config's words
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Random weights so large that every part of the architecture shows in the logits, norms' gains included."""
+    """Random weights so large that every part of the architecture shows in the logits, norms' gains
+    included."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():
@@ -103,9 +107,8 @@ def their_model(dtype=torch.float32, **changes) -> Cohere2ForCausalLM:
         hidden_size=32,
         intermediate_size=48,
     )
-    special = dict(
-        bos_token_id=V - 1, eos_token_id=V - 1, pad_token_id=V - 1
-    )  # the defaults lie outside this vocabulary
+    # the defaults lie outside this vocabulary
+    special = dict(bos_token_id=V - 1, eos_token_id=V - 1, pad_token_id=V - 1)
     return lively(
         Cohere2ForCausalLM(
             Cohere2Config(**sizes | special | dict(vocab_size=V, sliding_window=7) | changes)
@@ -114,7 +117,8 @@ def their_model(dtype=torch.float32, **changes) -> Cohere2ForCausalLM:
 
 
 def tokens(t: int = 40, b: int = 2, seed: int = 1) -> torch.Tensor:
-    """Without the last id: transformers takes it for padding and keeps its embedding's gradient at zero."""
+    """Without the last id: transformers takes it for padding and keeps its embedding's gradient at
+    zero."""
     return torch.randint(0, V - 1, (b, t), generator=torch.Generator().manual_seed(seed))
 
 
@@ -124,15 +128,15 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def check_same_model(ours: Transformer, theirs: Cohere2ForCausalLM) -> None:
-    """Logits, every layer's hidden state, loss, gradients, 64 greedy tokens: 40 tokens and 69, over windows of 2 and 7."""
+    """Logits, every layer's hidden state, loss, gradients, 64 greedy tokens: 40 tokens and 69, over
+    windows of 2 and 7."""
     x = tokens()
     layers = []
     hidden = ours.hidden(x, layers=layers)
     out = theirs(x, labels=x, output_hidden_states=True)
     assert difference(ours(x), out.logits) < TOLERANCE
-    for mine, other in zip(
-        layers[:-1] + [hidden], out.hidden_states, strict=True
-    ):  # their last one is after the final norm
+    # their last one is after the final norm
+    for mine, other in zip(layers[:-1] + [hidden], out.hidden_states, strict=True):
         assert difference(mine, other) < TOLERANCE
     loss = ours.loss(x[:, :-1], x[:, 1:])
     assert difference(loss, out.loss) < TOLERANCE
@@ -160,7 +164,7 @@ def equal_weights(a: dict, b: dict) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The same model in both programs
 
 
@@ -177,9 +181,9 @@ def test_transformers_runs_what_we_save(tmp_path, changes):
         == theirs.generation_config.eos_token_id
         == V - 1
     )
-    expected = ours(
-        tokens()
-    )  # before anything is generated: decoding lays matrices out anew, and another layout rounds otherwise
+    # before anything is generated: decoding lays matrices out anew, and another layout rounds
+    # otherwise
+    expected = ours(tokens())
     check_same_model(ours, theirs.eval())
 
     theirs.save_pretrained(tmp_path / "b")  # and back, through their writer
@@ -212,9 +216,8 @@ def test_we_run_what_transformers_saves(tmp_path, changes):
         ours, AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval()
     )
 
-    Transformer.from_pretrained(tmp_path / "a", dtype=dtype).save_pretrained(
-        tmp_path / "b"
-    )  # and back, in the file's dtype
+    # and back, in the file's dtype
+    Transformer.from_pretrained(tmp_path / "a", dtype=dtype).save_pretrained(tmp_path / "b")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert back.dtype == dtype and equal_weights(back.state_dict(), theirs.state_dict())
     for key in (
@@ -269,21 +272,53 @@ def test_planted_errors_exceed_the_tolerance(tmp_path, monkeypatch, error):
     assert d < TOLERANCE if error == "none" else d > 50 * TOLERANCE, d
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Older spellings, the real model's shapes, what only we can read
 
 
 def older_config(**changes) -> dict:
-    """config.json as transformers 4.48 to 4.57 wrote it for Cohere2, with the keys that its first checkpoints carry besides."""
-    return dict(
-        architectures=["Cohere2ForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=5, cache_implementation="hybrid",
-        eos_token_id=V - 1, head_dim=8, hidden_act="silu", hidden_size=32, initializer_range=0.02, intermediate_size=48,
-        layer_norm_eps=1e-05, layer_switch=4, logit_scale=0.25, max_position_embeddings=8192, model_type="cohere2",
-        num_attention_heads=4, num_hidden_layers=4, num_key_value_heads=2, order_of_interleaved_layers="local_attn_first",
-        pad_token_id=0, position_embedding_type="rope_gptj", rope_scaling=None, rope_theta=50000, rotary_pct=1.0, sliding_window=7,
-        sliding_window_pattern=4, torch_dtype="float32", transformers_version="4.48.0", use_cache=True, use_embedding_sharing=True,
-        use_gated_activation=True, use_parallel_block=True, use_parallel_embedding=True, vocab_size=V,
-    ) | changes  # fmt: skip
+    """config.json as transformers 4.48 to 4.57 wrote it for Cohere2, with the keys that its first
+    checkpoints carry besides."""
+    return (
+        dict(
+            architectures=["Cohere2ForCausalLM"],
+            attention_bias=False,
+            attention_dropout=0.0,
+            bos_token_id=5,
+            cache_implementation="hybrid",
+            eos_token_id=V - 1,
+            head_dim=8,
+            hidden_act="silu",
+            hidden_size=32,
+            initializer_range=0.02,
+            intermediate_size=48,
+            layer_norm_eps=1e-05,
+            layer_switch=4,
+            logit_scale=0.25,
+            max_position_embeddings=8192,
+            model_type="cohere2",
+            num_attention_heads=4,
+            num_hidden_layers=4,
+            num_key_value_heads=2,
+            order_of_interleaved_layers="local_attn_first",
+            pad_token_id=0,
+            position_embedding_type="rope_gptj",
+            rope_scaling=None,
+            rope_theta=50000,
+            rotary_pct=1.0,
+            sliding_window=7,
+            sliding_window_pattern=4,
+            torch_dtype="float32",
+            transformers_version="4.48.0",
+            use_cache=True,
+            use_embedding_sharing=True,
+            use_gated_activation=True,
+            use_parallel_block=True,
+            use_parallel_embedding=True,
+            vocab_size=V,
+        )
+        | changes
+    )
 
 
 OLDER = {
@@ -318,15 +353,27 @@ def test_older_spellings(tmp_path, changes):
 
 
 def test_sliding_window_pattern_that_does_not_tile(tmp_path):
-    """Six layers, every fourth full: no period of four divides them, so the pattern is all six letters."""
+    """Six layers, every fourth full: no period of four divides them, so the pattern is all six
+    letters."""
     (tmp_path / "config.json").write_text(json.dumps(older_config(num_hidden_layers=6)))
     assert checkpoint.load_config(tmp_path)["pattern"] == "rrrNrr"
 
 
 def test_command_r7b_full_shape_on_meta(tmp_path):
-    """Every tensor of the real model by name and shape, against transformers' own; no weight is made on either side."""
-    full = dict(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128, intermediate_size=14336,
-                vocab_size=256000, sliding_window=4096, eos_token_id=255001, torch_dtype="bfloat16")  # fmt: skip
+    """Every tensor of the real model by name and shape, against transformers' own; no weight is
+    made on either side."""
+    full = dict(
+        num_hidden_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        vocab_size=256000,
+        sliding_window=4096,
+        eos_token_id=255001,
+        torch_dtype="bfloat16",
+    )
     (tmp_path / "config.json").write_text(json.dumps(older_config(**full)))
     config = ModelConfig(**checkpoint.load_config(tmp_path))
     assert config == ModelConfig(
@@ -335,15 +382,22 @@ def test_command_r7b_full_shape_on_meta(tmp_path):
     with torch.device("meta"):
         ours = Transformer(config)
         theirs = Cohere2ForCausalLM(AutoConfig.from_pretrained(tmp_path))
-    wanted = {
-        name.removeprefix("model."): p.shape for name, p in theirs.named_parameters()
-    }  # the tied lm_head once
+    # the tied lm_head once
+    wanted = {name.removeprefix("model."): p.shape for name, p in theirs.named_parameters()}
     assert {name: p.shape for name, p in ours.named_parameters()} == wanted
     assert sum(p.numel() for p in ours.parameters()) == 8_028_033_024
 
 
-@pytest.mark.parametrize("changes", [dict(pattern="nN"), dict(pattern="rR"), dict(qk_norm=True), dict(length_scale="ssmax"),
-                                     dict(length_scale="swan", length_base=8)])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(pattern="nN"),
+        dict(pattern="rR"),
+        dict(qk_norm=True),
+        dict(length_scale="ssmax"),
+        dict(length_scale="swan", length_base=8),
+    ],
+)
 def test_what_cohere2_cannot_express_is_ours_alone(tmp_path, changes):
     ours = our_model(**changes)
     ours.save_pretrained(tmp_path)
@@ -356,7 +410,8 @@ def test_what_cohere2_cannot_express_is_ours_alone(tmp_path, changes):
 
 
 def test_tokenizer_and_model_in_one_folder(tmp_path):
-    """AutoTokenizer and AutoModelForCausalLM open the folder, and text goes in and comes out as it does with ours."""
+    """AutoTokenizer and AutoModelForCausalLM open the folder, and text goes in and comes out as it
+    does with ours."""
     text = "def attend(q, k, v):\n    return softmax(q @ k.T / 8) @ v  # naïve — and slow\n" * 8
     train_tokenizer([text], 280).save(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
@@ -374,7 +429,8 @@ def test_tokenizer_and_model_in_one_folder(tmp_path):
 
 
 def test_tokenizer_json_alone(tmp_path, monkeypatch):
-    """Command R7B ships no file of ours: tokenizer.json is read through `tokenizers`, behind the same interface."""
+    """Command R7B ships no file of ours: tokenizer.json is read through `tokenizers`, behind the
+    same interface."""
     text = "To be, or not to be: 1 2 34 … \n\n\tnaïve 你好 <|endoftext|> 😀"
     train_tokenizer([text * 20], 290).save(tmp_path)
     ours = load_tokenizer(tmp_path)
@@ -408,8 +464,9 @@ def test_tokenizer_json_alone(tmp_path, monkeypatch):
 
 
 def test_sample_runs_a_hugging_face_folder(tmp_path, capsys):
-    """What `python sample.py --checkpoint DIR` meets in Command R7B's folder, small: bf16 shards, 4.48's config.json, tokenizer.json alone,
-    an embedding with more rows than the tokenizer has ids, a begin-of-text other than end-of-text."""
+    """What `python sample.py --checkpoint DIR` meets in Command R7B's folder, small: bf16 shards,
+    4.48's config.json, tokenizer.json alone, an embedding with more rows than the tokenizer has
+    ids, a begin-of-text other than end-of-text."""
     import sample
 
     train_tokenizer(["def attend(q, k, v): return softmax(q @ k.T) @ v\n" * 9], 270).save(tmp_path)
@@ -447,31 +504,68 @@ def test_sample_runs_a_hugging_face_folder(tmp_path, capsys):
     assert shown.startswith(read.decode_bytes(wanted).decode(errors="replace") + "\n[")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Refusals: one line, the key and its value, or the tensors by name
 
 
-@pytest.mark.parametrize("key, value, words", [
-    ("model_type", "cohere", "model_type 'cohere'"), ("model_type", None, "model_type None"), ("hidden_act", "gelu", "hidden_act 'gelu'"),
-    ("attention_bias", True, "attention_bias True"), ("attention_dropout", 0.1, "attention_dropout 0.1"), ("is_causal", False, "is_causal False"),
-    ("use_qk_norm", True, "use_qk_norm True"), ("use_parallel_block", False, "use_parallel_block False"),
-    ("use_gated_activation", False, "use_gated_activation False"), ("rotary_pct", 0.5, "rotary_pct 0.5"),
-    ("partial_rotary_factor", 0.5, "partial_rotary_factor 0.5"), ("position_embedding_type", "rope_neox", "position_embedding_type 'rope_neox'"),
-    ("order_of_interleaved_layers", "global_attn_first", "order_of_interleaved_layers 'global_attn_first'"),
-    ("quantization_config", {"quant_method": "fp8"}, "quantization_config {'quant_method': 'fp8'}"),
-    ("layer_switch", 2, "layer_switch 2 contradicts"), ("layer_switch", 0, "layer_switch 0"), ("sliding_window_pattern", 0, "sliding_window_pattern 0"),
-    ("layer_types", ["chunked_attention"] * 4, "layer_types ['chunked_attention'"), ("layer_types", ["full_attention"] * 3, "each of 4 layers"),
-    ("layer_types", "full", "layer_types 'full'"), ("sliding_window", None, "sliding_window None contradicts"),
-    ("sliding_window", 7.5, "sliding_window 7.5"), ("sliding_window", 0, "window 0 is below 1"),
-    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3'"), ("rope_scaling", {"type": "dynamic"}, "rope_type 'dynamic'"),
-    ("rope_scaling", {"rope_type": "linear"}, "rope_type 'linear' needs a factor"), ("rope_scaling", 4.0, "rope_parameters 4.0"),
-    ("rope_scaling", {"rope_type": ["linear"]}, "rope_type ['linear']"), ("rope_scaling", {"type": "linear", "factor": 0.5}, "rope_factor 0.5"),
-    ("rope_parameters", {"sliding_attention": {"rope_type": "default"}}, "one set of values for all layers"),
-    ("rope_theta", "10000", "rope_theta '10000'"), ("rope_theta", -1.0, "rope_theta -1.0"), ("hidden_size", "32", "hidden_size '32'"),
-    ("hidden_size", None, "hidden_size None"), ("num_hidden_layers", True, "num_hidden_layers True"), ("vocab_size", 0, "vocab_size 0"),
-    ("num_hidden_layers", 0, "n_layer 0"), ("num_key_value_heads", 3, "n_kv_head 3"), ("tie_word_embeddings", None, "tie_word_embeddings None"),
-    ("tie_word_embeddings", 1, "tie_word_embeddings 1"), ("logit_scale", None, "logit_scale None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("model_type", "cohere", "model_type 'cohere'"),
+        ("model_type", None, "model_type None"),
+        ("hidden_act", "gelu", "hidden_act 'gelu'"),
+        ("attention_bias", True, "attention_bias True"),
+        ("attention_dropout", 0.1, "attention_dropout 0.1"),
+        ("is_causal", False, "is_causal False"),
+        ("use_qk_norm", True, "use_qk_norm True"),
+        ("use_parallel_block", False, "use_parallel_block False"),
+        ("use_gated_activation", False, "use_gated_activation False"),
+        ("rotary_pct", 0.5, "rotary_pct 0.5"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor 0.5"),
+        ("position_embedding_type", "rope_neox", "position_embedding_type 'rope_neox'"),
+        (
+            "order_of_interleaved_layers",
+            "global_attn_first",
+            "order_of_interleaved_layers 'global_attn_first'",
+        ),
+        (
+            "quantization_config",
+            {"quant_method": "fp8"},
+            "quantization_config {'quant_method': 'fp8'}",
+        ),
+        ("layer_switch", 2, "layer_switch 2 contradicts"),
+        ("layer_switch", 0, "layer_switch 0"),
+        ("sliding_window_pattern", 0, "sliding_window_pattern 0"),
+        ("layer_types", ["chunked_attention"] * 4, "layer_types ['chunked_attention'"),
+        ("layer_types", ["full_attention"] * 3, "each of 4 layers"),
+        ("layer_types", "full", "layer_types 'full'"),
+        ("sliding_window", None, "sliding_window None contradicts"),
+        ("sliding_window", 7.5, "sliding_window 7.5"),
+        ("sliding_window", 0, "window 0 is below 1"),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3'"),
+        ("rope_scaling", {"type": "dynamic"}, "rope_type 'dynamic'"),
+        ("rope_scaling", {"rope_type": "linear"}, "rope_type 'linear' needs a factor"),
+        ("rope_scaling", 4.0, "rope_parameters 4.0"),
+        ("rope_scaling", {"rope_type": ["linear"]}, "rope_type ['linear']"),
+        ("rope_scaling", {"type": "linear", "factor": 0.5}, "rope_factor 0.5"),
+        (
+            "rope_parameters",
+            {"sliding_attention": {"rope_type": "default"}},
+            "one set of values for all layers",
+        ),
+        ("rope_theta", "10000", "rope_theta '10000'"),
+        ("rope_theta", -1.0, "rope_theta -1.0"),
+        ("hidden_size", "32", "hidden_size '32'"),
+        ("hidden_size", None, "hidden_size None"),
+        ("num_hidden_layers", True, "num_hidden_layers True"),
+        ("vocab_size", 0, "vocab_size 0"),
+        ("num_hidden_layers", 0, "n_layer 0"),
+        ("num_key_value_heads", 3, "n_kv_head 3"),
+        ("tie_word_embeddings", None, "tie_word_embeddings None"),
+        ("tie_word_embeddings", 1, "tie_word_embeddings 1"),
+        ("logit_scale", None, "logit_scale None"),
+    ],
+)
 def test_config_that_asks_for_another_model_is_refused(tmp_path, key, value, words):
     our_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(older_config(**{key: value})))
@@ -481,8 +575,19 @@ def test_config_that_asks_for_another_model_is_refused(tmp_path, key, value, wor
     assert words in message and "config.json" in message and "\n" not in message, message
 
 
-@pytest.mark.parametrize("key, value", [("beta_fast", 64), ("beta_slow", 2), ("attention_factor", 1.5), ("mscale", 1.0), ("mscale_all_dim", 1.0),
-                                        ("truncate", False), ("partial_rotary_factor", 0.5), ("factor", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("beta_fast", 64),
+        ("beta_slow", 2),
+        ("attention_factor", 1.5),
+        ("mscale", 1.0),
+        ("mscale_all_dim", 1.0),
+        ("truncate", False),
+        ("partial_rotary_factor", 0.5),
+        ("factor", None),
+    ],
+)
 def test_yarn_with_other_constants_is_refused(tmp_path, key, value):
     rope = {
         "rope_type": "yarn",
@@ -539,14 +644,20 @@ def test_tensors_that_are_not_the_models_are_named(tmp_path):
     with pytest.raises(ValueError) as refusal:
         Transformer.from_pretrained(tmp_path)
     message = str(refusal.value)
-    for part in ("norm.weight is missing", "layers.3.mlp.up_proj.weight is missing", "layers.0.self_attn.q_proj.bias is not in this model",
-                 "layers.1.self_attn.k_proj.weight is F32 [32, 16], not floating-point [16, 32]", "layers.2.self_attn.v_proj.weight is I8"):  # fmt: skip
+    for part in (
+        "norm.weight is missing",
+        "layers.3.mlp.up_proj.weight is missing",
+        "layers.0.self_attn.q_proj.bias is not in this model",
+        "layers.1.self_attn.k_proj.weight is F32 [32, 16], not floating-point [16, 32]",
+        "layers.2.self_attn.v_proj.weight is I8",
+    ):
         assert part in message, message
     assert "\n" not in message
 
 
 def test_redundant_tied_head(tmp_path):
-    """Some writers leave lm_head.weight beside the embeddings it is tied to: a copy is fine, another matrix is another model."""
+    """Some writers leave lm_head.weight beside the embeddings it is tied to: a copy is fine,
+    another matrix is another model."""
     ours = our_model()
     ours.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -614,7 +725,7 @@ def test_damaged_shards(tmp_path):
             Transformer.from_pretrained(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Files whole or absent
 
 
@@ -656,7 +767,8 @@ def test_atomic_folder_and_point(tmp_path):
 
 
 def test_config_round_trip_through_plain_dicts():
-    """Every pattern of up to four letters, tiled over four layers: Cohere2's config reads back as the same plan, or there is none."""
+    """Every pattern of up to four letters, tiled over four layers: Cohere2's config reads back as
+    the same plan, or there is none."""
     from itertools import product
 
     for n in (1, 2, 4):
@@ -665,9 +777,8 @@ def test_config_round_trip_through_plain_dicts():
             content = checkpoint.to_cohere2(asdict(config), "float32")
             assert (content is None) == ("n" in letters or {"r", "R"} <= set(letters)), letters
             if content is not None:
-                assert (
-                    content["sliding_window"] is not None
-                )  # transformers makes its mask even where no layer slides
+                # transformers makes its mask even where no layer slides
+                assert content["sliding_window"] is not None
                 assert layer_plan(
                     ModelConfig(**checkpoint._from_cohere2(json.loads(json.dumps(content))))
                 ) == layer_plan(config)

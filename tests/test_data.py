@@ -1,4 +1,5 @@
-"""The tokenizer against transformers, and corpora against everything that can go wrong with them."""
+"""The tokenizer against transformers, and corpora against everything that can go wrong with
+them."""
 
 import hashlib
 import http.server
@@ -90,7 +91,8 @@ def copy(prepared, tmp_path):
 
 @pytest.fixture
 def refused(capsys):
-    """Calls main, which must exit with status 2 after exactly one line on stderr, and returns that line."""
+    """Calls main, which must exit with status 2 after exactly one line on stderr, and returns that
+    line."""
 
     def call(*argv):
         with pytest.raises(SystemExit) as stop:
@@ -107,7 +109,8 @@ def refused(capsys):
     return call
 
 
-# ---- tokenizer ------------------------------------------------------------------------------------------------------------
+# ---- tokenizer
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN], ids=["ours", "gpt2"])
@@ -211,7 +214,7 @@ def test_smallest_vocabulary_and_too_little_text():
         train_tokenizer(["abc abd"], 5000)
 
 
-# ---- gpt2: tiktoken fetches two files once and caches them ---------------------------------------------------------------
+# ---- gpt2: tiktoken fetches two files once and caches them -------------------------------------
 
 
 @pytest.fixture
@@ -233,9 +236,8 @@ def test_gpt2_offline_is_one_clear_line(no_gpt2, monkeypatch, tmp_path, refused)
 
 def test_gpt2_is_fetched_cached_and_saved(no_gpt2, monkeypatch, tmp_path, server):
     visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    letters = [chr(byte) for byte in visible] + [
-        chr(256 + i) for i in range(256 - len(visible))
-    ]  # in the order of GPT-2's first ids
+    # in the order of GPT-2's first ids
+    letters = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(256 - len(visible))]
     pairs = [(a, b) for a in letters for b in letters][:50_000]
     server.pages["/vocab.bpe"] = (
         "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs)
@@ -249,9 +251,8 @@ def test_gpt2_is_fetched_cached_and_saved(no_gpt2, monkeypatch, tmp_path, server
         "read_file",
         lambda address: fetch(server.address + "/" + address.rsplit("/", 1)[1]),
     )
-    monkeypatch.setattr(
-        tiktoken.load, "check_hash", lambda data, expected: True
-    )  # the made-up merges are not OpenAI's
+    # the made-up merges are not OpenAI's
+    monkeypatch.setattr(tiktoken.load, "check_hash", lambda data, expected: True)
     first = gpt2_tokenizer()
     assert first.n_vocab == 50257 and first.eot_token == 50256
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
@@ -267,7 +268,7 @@ def test_gpt2_is_fetched_cached_and_saved(no_gpt2, monkeypatch, tmp_path, server
     assert all(theirs.encode(text).ids == first.encode_ordinary(text) for text in AWKWARD)
 
 
-# ---- the split and the files ----------------------------------------------------------------------------------------------
+# ---- the split and the files -------------------------------------------------------------------
 
 
 def test_corpus_holds_the_documents_in_order_each_after_end_of_text(prepared):
@@ -290,9 +291,8 @@ def test_corpus_holds_the_documents_in_order_each_after_end_of_text(prepared):
         assert said["tokens"] == len(ids) and said["bytes"] == sum(
             len(text.encode()) for text in texts
         )
-    assert (
-        corpus.tokenizer.hash == train_tokenizer(train, 512).hash
-    )  # not a byte of validation in the vocabulary
+    # not a byte of validation in the vocabulary
+    assert corpus.tokenizer.hash == train_tokenizer(train, 512).hash
     assert len(corpus.hash) == 12
 
 
@@ -347,7 +347,7 @@ def test_large_vocabulary_takes_four_bytes_an_id(tmp_path, tokenizer):
     assert corpus.train.dtype == np.uint32 and corpus.train[0] == large.eot_token
 
 
-# ---- damaged corpora ------------------------------------------------------------------------------------------------------
+# ---- damaged corpora ---------------------------------------------------------------------------
 
 
 def edit(change):
@@ -430,7 +430,7 @@ def test_missing_folder_is_named_with_the_command(tmp_path, monkeypatch):
         load_corpus()
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------
 
 
 def test_files_folders_and_packages_combine(tmp_path, monkeypatch, capsys):
@@ -498,9 +498,8 @@ def test_packages_are_found_without_being_imported(tmp_path, monkeypatch):
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, refused, argv, parts):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(
-        sys.modules, "nowhere", types.ModuleType("nowhere")
-    )  # a module without a spec
+    # a module without a spec
+    monkeypatch.setitem(sys.modules, "nowhere", types.ModuleType("nowhere"))
     Path("latin.txt").write_bytes("Öl".encode("latin-1"))
     Path("small.txt").write_text("abc abd abe\n" * 9)
     Path("empty.txt").touch()
@@ -570,7 +569,7 @@ def test_command_line_keeps_values_that_look_like_flags():
     assert line.parse(["--", "--x_y"]).rest == ["--x_y"]
 
 
-# ---- downloads, from this machine -----------------------------------------------------------------------------------------
+# ---- downloads, from this machine --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -636,9 +635,8 @@ def test_refused_and_silent_servers(tmp_path, monkeypatch, refused):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
-        assert (
-            address in refused("--url", address) and os.listdir() == []
-        )  # bound, but not listening: refused
+        # bound, but not listening: refused
+        assert address in refused("--url", address) and os.listdir() == []
         silent.listen()
         with pytest.raises(OSError, match="timed out"):
             from_url(address, timeout=0.2)

@@ -302,15 +302,19 @@ def weights_equal(a, b):
 
 
 def test_phases_carry_overrides_and_start_schedules():
-    recipe = recipes.build({
-        "batch_tokens": 2048, "lr": 0.01, "warmup": 4,
-        "model": {"window": 64},
-        "phase": [
-            {"steps": 10, "lengths": {"128": 1}, "needle_share": 0.5},
-            {"steps": 10, "lengths": {"512": 3, "2048": 1}, "rope_theta": 20000},
-            {"steps": 5, "lengths": {"2048": 1}, "lr": 0.001, "pattern": "N", "warmup": 0},
-        ],
-    })  # fmt: skip
+    recipe = recipes.build(
+        {
+            "batch_tokens": 2048,
+            "lr": 0.01,
+            "warmup": 4,
+            "model": {"window": 64},
+            "phase": [
+                {"steps": 10, "lengths": {"128": 1}, "needle_share": 0.5},
+                {"steps": 10, "lengths": {"512": 3, "2048": 1}, "rope_theta": 20000},
+                {"steps": 5, "lengths": {"2048": 1}, "lr": 0.001, "pattern": "N", "warmup": 0},
+            ],
+        }
+    )
     first, second, third = recipe.stages()
     assert [s.config.pattern for s in (first, second, third)] == ["rrrN", "rrrN", "N"]
     assert [s.config.rope_theta for s in (first, second, third)] == [10000.0, 20000.0, 20000.0]
@@ -325,10 +329,15 @@ def test_phases_carry_overrides_and_start_schedules():
 
 
 def test_yarn_without_a_length_takes_the_one_trained_before():
-    recipe = recipes.build({"model": {"pattern": "R"}, "phase": [
-        {"steps": 1, "lengths": {"128": 1}},
-        {"steps": 1, "lengths": {"512": 1}, "rope_scaling": "yarn", "rope_factor": 4},
-    ]})  # fmt: skip
+    recipe = recipes.build(
+        {
+            "model": {"pattern": "R"},
+            "phase": [
+                {"steps": 1, "lengths": {"128": 1}},
+                {"steps": 1, "lengths": {"512": 1}, "rope_scaling": "yarn", "rope_factor": 4},
+            ],
+        }
+    )
     assert recipe.stages()[1].config.rope_original_length == 128
 
 
