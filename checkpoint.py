@@ -10,12 +10,16 @@ Here a model is plain data: a dict of ModelConfig's fields, and a state dict. Th
 nothing of ours.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import types
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -259,26 +263,70 @@ def _only_implemented(raw: dict, implemented: dict) -> None:
 def _typed(raw: dict, key: str, kind: type, default):
     """raw[key] as `kind`; `default` where it is absent, or null and the default is None."""
     value = raw.get(key, default)
-    accepted = (int, float) if kind is float else kind
-    if value is None and default is None:
+    return None if value is None and default is None else typed(kind, value, key)
+
+
+# ------------------------------------------------------------------------------------------------
+# Values from outside
+
+
+def typed(kind, value, name: str):
+    """`value`, which came from a file or a flag, as the annotation `kind` (bool, int, float or str,
+    or one of them and None) says. ValueError, with the name and the value, for another type, a
+    number that is not finite, or one that no 64 bits hold."""
+    kinds = typing.get_args(kind) or (kind,)
+    if value is None and types.NoneType in kinds:
         return None
-    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
-        raise ValueError(f"{key} {value!r} is not a {kind.__name__}")
-    return kind(value)
+    wanted = next(k for k in kinds if k is not types.NoneType)
+    if type(value) is not wanted and (wanted, type(value)) != (float, int):
+        found = type(value).__name__
+        raise ValueError(f"{name} {value!r} is not a {wanted.__name__} but a {found}")
+    if wanted in (int, float) and not -(2**63) < value < 2**63:
+        raise ValueError(f"{name} {str(value)[:20]} is not a number that can be used")
+    return wanted(value)
+
+
+def typed_fields(cls, table: dict, where: str) -> dict:
+    """The fields of the dataclass `cls` that a table gives, typed. ValueError for an unknown key,
+    with the nearest one, or a missing one."""
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in table:
+        if key not in known:
+            near = get_close_matches(key, known, n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+            raise ValueError(f"{where}unknown key {key!r}; {mend}")
+    for name, f in known.items():
+        given = (name in table, f.default, f.default_factory)
+        if given == (False, dataclasses.MISSING, dataclasses.MISSING):
+            raise ValueError(f"{where}{name} is missing")
+    values = {}
+    for key, value in table.items():
+        kind = known[key].type
+        tabular = typing.get_origin(kind) in (dict, tuple)  # their owner reads them
+        values[key] = value if tabular else typed(kind, value, f"{where}{key}")
+    return values
+
+
+def read_config(path: str | Path, cls):
+    """A `cls` (ModelConfig) from the config.json in folder `path`, of either kind. OSError and
+    ValueError as `load_config`, and where the values make no model."""
+    fields = load_config(path)
+    try:
+        return cls(**typed_fields(cls, fields, ""))
+    except ValueError as error:
+        raise ValueError(f"{Path(path) / 'config.json'} makes no model: {error}") from error
 
 
 def read_json(file: Path) -> dict:
+    """The object in a JSON file. ValueError where it is damaged."""
     try:
         raw = json.loads(file.read_bytes())
-    except ValueError as error:  # bad JSON, bad UTF-8
-        raise ValueError(
-            f"{file} is damaged ({error}): copy it again from where it came"
-        ) from error
-    if not isinstance(raw, dict):
-        raise ValueError(
-            f"{file} is damaged (it holds no JSON object): copy it again from where it came"
-        )
-    return raw
+        if isinstance(raw, dict):
+            return raw
+        error = "it holds no JSON object"
+    except (ValueError, RecursionError) as wrong:  # bad JSON, bad UTF-8, nested without end
+        error = wrong
+    raise ValueError(f"{file} is damaged ({error}): copy it again from where it came")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -467,6 +515,13 @@ def point(link: str | Path, target: str | Path) -> None:
         _remove(link)  # a folder cannot be replaced by another one
     os.replace(partial, link)
     sync(link.parent)
+
+
+def pointed(folder: Path) -> set[str]:
+    """Names of the folders in `folder` that its links `last` and `best` point to."""
+    links = [folder / name for name in ("last", "best")]
+    targets = {Path(os.readlink(link)).name for link in links if link.is_symlink()}
+    return {name for name in targets if (folder / name).is_dir()}
 
 
 def _remove(path: Path) -> None:

@@ -3,10 +3,12 @@
 import argparse
 import difflib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -142,6 +144,31 @@ def unheard() -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stdout, sys.stderr = streams
+
+
+def locked(path: Path, refusal: str, wait: float = 0):
+    """The lock of a file or folder that is to be made or changed, until it is released or the
+    process ends. ValueError with the refusal where another process holds it longer than `wait`
+    seconds; -1 waits for ever."""
+    from filelock import FileLock, Timeout
+
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=wait)
+    try:
+        return lock.acquire().lock
+    except Timeout:
+        raise ValueError(refusal) from None
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that a folder is at; None where it is in no repository, or git is not here."""
+    try:
+        git = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(git, capture_output=True, text=True, cwd=folder)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def choose_device(name: str | None):

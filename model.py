@@ -287,11 +287,7 @@ class Transformer(nn.Module):
         """The model in the folder `path`: ours or Hugging Face's Cohere2, sharded or not, straight
         to `device` and `dtype`. Raises OSError for a missing file and ValueError for one that is
         damaged or asks for what is not implemented here."""
-        fields = checkpoint.load_config(path)
-        try:
-            config = ModelConfig(**fields)
-        except (TypeError, ValueError) as error:  # an unknown field, or a value that makes no model
-            raise ValueError(f"{Path(path) / 'config.json'} makes no model: {error}") from error
+        config = checkpoint.read_config(path, ModelConfig)
         with torch.device("meta"):
             model = cls(config)
         checkpoint.load_weights(path, model, device, dtype)

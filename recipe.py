@@ -1,5 +1,5 @@
-"""A recipe: what to train, as a list of phases. Defaults, then a TOML file, then command-line
-flags, into checked dataclasses.
+"""A recipe: what to train, as a list of phases. Defaults, then a TOML file, then flags, into
+checked dataclasses.
 
     lr = 0.006                      # top level: fields of Recipe
     [model]                         # fields of ModelConfig
@@ -16,39 +16,22 @@ import argparse
 import math
 import tomllib
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
-from attention import BACKENDS
+from attention import BACKENDS, one_of
+from checkpoint import typed, typed_fields
 from commandline import CommandLine
 from data.corpus import DEFAULT_CORPUS
-from model import ModelConfig
+from model import ModelConfig, require
 
 MIMETIC = ("none", "nope", "all")  # layers whose queries begin half like their keys
-OVERRIDES = (
-    "pattern",
-    "window",
-    "rope_theta",
-    "rope_scaling",
-    "rope_factor",
-    "rope_original_length",
-    "length_scale",
-    "length_base",
-)
-# fields of Recipe that a phase may set anew
-HELD = (
-    "needle_share",
-    "answer_weight",
-    "lr",
-    "warmup",
-)
-# how positions are treated; every other field of ModelConfig is the model's shape
-TREATMENT = (
-    *OVERRIDES,
-    "trained_length",
-)
+OVERRIDES = ("pattern", "window", "rope_theta", "rope_scaling", "rope_factor")
+OVERRIDES += ("rope_original_length", "length_scale", "length_base")
+HELD = ("needle_share", "answer_weight", "lr", "warmup")  # of Recipe, which a phase may set anew
+# How positions are treated; every other field of ModelConfig is the model's shape.
+TREATMENT = (*OVERRIDES, "trained_length")
 
 
 @dataclass(frozen=True)
@@ -56,8 +39,7 @@ class Phase:
     """A stretch of training. None: as the phase before."""
 
     steps: int
-    # context length -> share of the steps; every step has batch_tokens tokens
-    lengths: dict[int, int]
+    lengths: dict[int, int]  # context length -> share of the steps, each of batch_tokens tokens
     needle_share: float | None = None  # of the sequences
     answer_weight: float | None = None
     lr: float | None = None  # starts a new warm-up and cosine
@@ -67,9 +49,7 @@ class Phase:
     rope_theta: float | None = None
     rope_scaling: str | None = None
     rope_factor: float | None = None
-    rope_original_length: int | None = (
-        None  # None with a new rope_scaling: the longest length trained before this phase
-    )
+    rope_original_length: int | None = None  # with a new rope_scaling: what was trained before
     length_scale: str | None = None
     length_base: int | None = None
 
@@ -78,16 +58,14 @@ class Phase:
 class Recipe:
     """A whole run. Raises ValueError where a value makes none."""
 
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(window=64))
+    model: ModelConfig = field(default_factory=ModelConfig)
     phase: tuple[Phase, ...] = ()
     seed: int = 1
     data: str = str(DEFAULT_CORPUS)  # a prepared corpus
-    stretch: int = 1  # every phase has so many times its steps: to train longer by the same recipe
+    stretch: int = 1  # every phase has so many times its steps
     batch_tokens: int = 4096  # per step, over all micro-batches and processes
     needle_share: float = 0.0  # of the sequences that carry needles
-    answer_weight: float = (
-        0.5  # of all answers to needles together, beside 1 for all tokens together
-    )
+    answer_weight: float = 0.5  # of all answers to needles together, beside 1 for all tokens
     lr: float = 0.006  # of Muon (matched to AdamW's scale) and AdamW alike
     warmup: int = 50  # steps
     weight_decay: float = 0.01  # of the matrices inside the layers
@@ -97,74 +75,17 @@ class Recipe:
     eval_questions: int = 200  # of the final needle table, at each length; 0: no table
     mimetic: str = "nope"  # layers whose queries begin half like their keys: none, nope, all
     bf16: bool | None = None  # bfloat16 products; None: on CUDA where it has them natively
-    recompute: bool = (
-        False  # keep only the blocks' inputs for the backward pass: less memory, a third more time
-    )
+    recompute: bool = False  # keep only the blocks' inputs for backward: a third more time
 
     def __post_init__(self):
-        if not self.phase:
-            raise ValueError(
-                "the recipe has no [[phase]]: give at least one, with steps and lengths"
-            )
-        for name, low, strict in (
-            ("lr", 0, True),
-            ("clip", 0, True),
-            ("weight_decay", 0, False),
-            ("answer_weight", 0, False),
-            ("warmup", 0, False),
-            ("seed", 0, False),
-            ("eval_questions", 0, False),
-        ):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < low or (strict and value == low):
-                raise ValueError(
-                    f"{name} {value} must be {'above' if strict else 'at least'} {low}"
-                )
-        for name in ("stretch", "batch_tokens", "eval_every", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.mimetic not in MIMETIC:
-            raise ValueError(
-                f"mimetic {self.mimetic!r} is unknown: use one of {', '.join(MIMETIC)}"
-            )
+        require(
+            self.phase, "the recipe has no [[phase]]: give at least one, with steps and lengths"
+        )
+        check_numbers(self, "")
+        one_of("mimetic", self.mimetic, MIMETIC)
         for number, phase in enumerate(self.phase, 1):
-            self._check(phase, f"phase {number}: ")
+            check_phase(self, phase, f"phase {number}: ")
         self.stages()
-
-    def _check(self, phase: Phase, where: str) -> None:
-        if phase.steps < 1:
-            raise ValueError(f"{where}steps {phase.steps} must be at least 1")
-        if not phase.lengths:
-            raise ValueError(
-                f"{where}lengths is empty: give context lengths and their shares, such as {{ 512 "
-                "= 1 }}"
-            )
-        for length, share in phase.lengths.items():
-            if length < 2 or share < 1:
-                raise ValueError(
-                    f"{where}lengths {{ {length} = {share} }}: a length of 2 or more, a share of "
-                    "1 or more"
-                )
-            if self.batch_tokens % length:
-                raise ValueError(
-                    f"{where}length {length} does not divide batch_tokens {self.batch_tokens}: "
-                    "every step has the same tokens"
-                )
-        if phase.lr is not None and not (math.isfinite(phase.lr) and phase.lr > 0):
-            raise ValueError(f"{where}lr {phase.lr} must be above 0")
-        for name in ("warmup", "answer_weight"):
-            if (getattr(phase, name) or 0) < 0:
-                raise ValueError(f"{where}{name} {getattr(phase, name)} must be at least 0")
-        if phase.length_scale == "ssmax" != self.model.length_scale:
-            raise ValueError(
-                f"{where}length_scale 'ssmax' owns weights, so a phase cannot switch it on: put "
-                "it under [model]"
-            )
-
-    def stage_at(self, step: int) -> "Stage":
-        """The stage of a step; beyond the end, the last."""
-        stages = self.stages()
-        return next((stage for stage in stages if step < stage.end), stages[-1])
 
     @property
     def steps(self) -> int:
@@ -172,7 +93,7 @@ class Recipe:
         return self.stretch * sum(phase.steps for phase in self.phase)
 
     def stages(self) -> list["Stage"]:
-        """The phases with every override carried forward, and the stretch that each learning-rate
+        """The phases with every override carried forward, and the steps that each learning-rate
         schedule covers."""
         return self._stages
 
@@ -182,39 +103,28 @@ class Recipe:
         config, start, since = self.model, 0, 0
         held = {name: getattr(self, name) for name in HELD}
         for number, phase in enumerate(self.phase, 1):
-            changes = {
-                name: getattr(phase, name) for name in OVERRIDES if getattr(phase, name) is not None
-            }
+            changes = given(phase, OVERRIDES)
             if changes.get("rope_scaling", "none") != "none":
                 changes.setdefault("rope_original_length", config.trained_length)
             try:
                 config = replace(config, **changes)
             except ValueError as error:
                 raise ValueError(f"phase {number}: {error}") from error
-            config = replace(config, trained_length=max(config.trained_length or 0, *phase.lengths))
-            held |= {
-                name: getattr(phase, name) for name in HELD if getattr(phase, name) is not None
-            }
-            if not 0 <= held["needle_share"] <= 1:
-                raise ValueError(
-                    f"phase {number}: needle_share {held['needle_share']} is not between 0 and 1"
-                )
-            if phase.lr is not None and start > 0:
+            longest = max(config.trained_length or 0, *phase.lengths)
+            config = replace(config, trained_length=longest)
+            held |= given(phase, HELD)
+            if phase.lr is not None:
                 since = start
-            stages.append(
-                Stage(
-                    start,
-                    start + self.stretch * phase.steps,
-                    phase.lengths,
-                    config,
-                    **held,
-                    since=since,
-                )
-            )
-            start = stages[-1].end
-        # the last stage of each schedule ends it
-        ends = {stage.since: stage.end for stage in stages}
+            end = start + self.stretch * phase.steps
+            stages.append(Stage(start, end, phase.lengths, config, **held, since=since))
+            start = end
+        ends = {stage.since: stage.end for stage in stages}  # a schedule's last stage ends it
         return [replace(stage, until=ends[stage.since]) for stage in stages]
+
+    def stage_at(self, step: int) -> "Stage":
+        """The stage of a step; beyond the end, the last."""
+        stages = self.stages()
+        return next((stage for stage in stages if step < stage.end), stages[-1])
 
 
 @dataclass(frozen=True)
@@ -239,90 +149,83 @@ class Stage:
         return max(self.lengths)
 
     def length(self, step: int) -> int:
-        """Context length of a step: the lengths alternate in a fixed cycle."""
+        """Context length of a step: the lengths alternate in a fixed cycle, each as often as its
+        share says."""
         unit = math.gcd(*self.lengths.values())
-        cycle = [length for length, share in self.lengths.items() for _ in range(share // unit)]
-        return cycle[(step - self.start) % len(cycle)]
+        place = (step - self.start) % (sum(self.lengths.values()) // unit)
+        for length, share in self.lengths.items():
+            place -= share // unit
+            if place < 0:
+                return length
+        raise AssertionError("shares are above 0")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: a linear warm-up, then a cosine to a tenth."""
         done, total = step - self.since, self.until - self.since
         warm = min(1.0, (done + 1) / (self.warmup + 1))
-        cosine = 0.5 * (
-            1 + math.cos(math.pi * max(0, done - self.warmup) / max(1, total - self.warmup))
+        after = max(0, done - self.warmup) / max(1, total - self.warmup)
+        return self.lr * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * after)))
+
+
+def given(phase: Phase, names: tuple[str, ...]) -> dict:
+    """Those of the fields that the phase sets."""
+    values = {name: getattr(phase, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+# ------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def check_numbers(thing: Recipe | Phase, where: str) -> None:
+    """ValueError for a field out of its range."""
+    least = {"steps": 1, "stretch": 1, "batch_tokens": 1, "eval_every": 1, "eval_tokens": 1}
+    least |= dict.fromkeys(("weight_decay", "answer_weight", "warmup", "seed", "eval_questions"), 0)
+    for f in fields(thing):
+        value = getattr(thing, f.name)
+        if value is None:
+            continue
+        if f.name in least:
+            inside = least[f.name] <= value < 2**63
+            require(inside, f"{where}{f.name} {value} must be at least {least[f.name]}")
+        if f.name in ("lr", "clip"):
+            require(0 < value < math.inf, f"{where}{f.name} {value} must be above 0")
+        if f.name == "needle_share":
+            require(0 <= value <= 1, f"{where}needle_share {value} is not between 0 and 1")
+
+
+def check_phase(recipe: Recipe, phase: Phase, where: str) -> None:
+    """ValueError for a phase that cannot be trained."""
+    check_numbers(phase, where)
+    example = "give context lengths and their shares, such as { 512 = 1 }"
+    require(phase.lengths, f"{where}lengths is empty: {example}")
+    for length, share in phase.lengths.items():
+        text = f"{where}lengths {{ {length} = {share} }}"
+        require(length >= 2 and share >= 1, f"{text}: a length of 2 or more, a share of 1 or more")
+        require(
+            recipe.batch_tokens % length == 0,
+            f"{where}length {length} does not divide batch_tokens {recipe.batch_tokens}: every "
+            "step has the same tokens",
         )
-        return self.lr * warm * (0.1 + 0.9 * cosine)
+    require(
+        phase.length_scale != "ssmax" or recipe.model.length_scale == "ssmax",
+        f"{where}length_scale 'ssmax' owns weights, so a phase cannot switch it on: put it under "
+        "[model]",
+    )
 
 
+# ------------------------------------------------------------------------------------------------
 # Reading
 
 
-def typed(kind, value, name: str):
-    """`value` as the annotation `kind` says, from TOML. Raises ValueError naming both types."""
-    choices = [k for k in (typing.get_args(kind) or (kind,)) if k is not type(None)]
-    if typing.get_origin(kind) is dict:
-        try:
-            return {
-                int(length): typed(int, share, f"{name}.{length}")
-                for length, share in value.items()
-            }
-        except (AttributeError, TypeError):
-            raise ValueError(
-                f"{name} = {value!r} must be a table such as {{ 512 = 3, 2048 = 1 }}"
-            ) from None
-        except ValueError as error:
-            raise ValueError(
-                f"{name}: {error}; its keys are context lengths, such as {{ 512 = 3, 2048 = 1 }}"
-            ) from None
-    wanted = choices[0]
-    if wanted is float and type(value) is int:
-        return float(value)
-    if type(value) is not wanted:
-        raise ValueError(f"{name} = {value!r} is {type(value).__name__}, not {wanted.__name__}")
-    return value
-
-
-def parsed(kind, text: str, name: str):
-    """The text of a flag as the annotation `kind` says. ValueError naming it."""
-    wanted = next(k for k in (typing.get_args(kind) or (kind,)) if k is not type(None))
-    try:
-        return typed(
-            kind, {"true": True, "false": False}[text] if wanted is bool else wanted(text), name
-        )
-    except (KeyError, ValueError):
-        raise ValueError(f"{name} {text!r} is no {wanted.__name__}") from None
-
-
-def from_table(cls, table: dict, where: str) -> dict:
-    """The fields of the dataclass `cls` that `table` gives, checked. Raises ValueError for an
-    unknown key, with the nearest one."""
-    known = {f.name: f.type for f in fields(cls)}
-    for key in table:
-        if key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.5)
-            raise ValueError(
-                f"{where}unknown key {key!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}")
-            )
-    missing = [
-        f.name
-        for f in fields(cls)
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in table
-    ]
-    if missing:
-        raise ValueError(f"{where}{missing[0]} is missing")
-    return {key: typed(known[key], value, f"{where}{key}") for key, value in table.items()}
-
-
 def read_toml(path: Path) -> dict:
-    """The tables of a recipe file. Raises OSError where there is none and ValueError where it is no
-    TOML."""
+    """The tables of a recipe file. OSError where there is none, ValueError where it is no TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         here = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.toml"))) or "none"
         raise FileNotFoundError(f"recipe {path} not found; recipes here: {here}") from None
-    except ValueError as error:  # TOML or UTF-8
+    except (ValueError, RecursionError) as error:  # TOML, or UTF-8
         raise ValueError(f"{path} is not TOML: {error}") from error
 
 
@@ -338,145 +241,113 @@ def build(
     """
     flags, tables = dict(flags or {}), dict(tables)
     table, phases = tables.pop("model", {}), tables.pop("phase", [])
-    if (
-        not isinstance(table, dict)
-        or not isinstance(phases, list)
-        or not all(isinstance(phase, dict) for phase in phases)
+    if not isinstance(table, dict) or not (
+        isinstance(phases, list) and all(isinstance(phase, dict) for phase in phases)
     ):
-        raise ValueError(
-            f"{name}: the model is a table, [model], and the phases are tables, [[phase]]"
-        )
-    model = from_table(ModelConfig, table, f"{name}: [model] ")
-    phase = tuple(
-        Phase(**from_table(Phase, each, f"{name}: phase {i}: ")) for i, each in enumerate(phases, 1)
-    )
-    rest = from_table(Recipe, tables, f"{name}: ")
+        raise ValueError(f"{name}: the model is a table, [model], the phases are tables, [[phase]]")
+    model = typed_fields(ModelConfig, table, f"{name}: [model] ")
+    rest = typed_fields(Recipe, tables, f"{name}: ")
+    phase = tuple(read_phase(each, f"{name}: phase {i}: ") for i, each in enumerate(phases, 1))
     for flag in flags:
-        later = [i for i, each in enumerate(phase, 1) if getattr(each, flag, None) is not None]
-        if later:
+        setting = [i for i, each in enumerate(phase, 1) if getattr(each, flag, None) is not None]
+        if setting:
             raise ValueError(
-                f"--{flag.replace('_', '-')} would be overruled by phase {later[0]} of {name}, "
+                f"--{flag.replace('_', '-')} would be overruled by phase {setting[0]} of {name}, "
                 f"which sets {flag}: edit the recipe"
             )
     of_model = {f.name for f in fields(ModelConfig)}
     given = {key: value for key, value in flags.items() if key in of_model}
     rest |= {key: value for key, value in flags.items() if key not in of_model}
     if base is not None:
-        _agree(model, given, base, name)
-        model = {f.name: getattr(base, f.name) for f in fields(ModelConfig)} | (
-            {"window": model["window"]} if base.window is None and "window" in model else {}
-        )
+        check_base(model, given, base, name)
+        window = {"window": model["window"]} if base.window is None and "window" in model else {}
+        model = asdict(base) | window
     return Recipe(model=ModelConfig(**model | given), phase=phase, **rest)
 
 
-def _agree(model: dict, given: dict, base: ModelConfig, name: str) -> None:
+def read_phase(table: dict, where: str) -> Phase:
+    """A phase from its table in a file."""
+    values, lengths = typed_fields(Phase, table, where), {}
+    if not isinstance(values["lengths"], dict):
+        example = "must be a table such as { 512 = 3, 2048 = 1 }"
+        raise ValueError(f"{where}lengths = {values['lengths']!r} {example}")
+    for key, share in values["lengths"].items():
+        if not (str(key).isascii() and str(key).isdecimal() and len(str(key)) < 19):
+            raise ValueError(f"{where}lengths: {key!r} is no context length, such as 512")
+        require(int(key) not in lengths, f"{where}lengths has {int(key)} twice: give it once")
+        lengths[int(key)] = typed(int, share, f"{where}lengths.{key}")
+    return Phase(**values | {"lengths": lengths})
+
+
+def check_base(model: dict, given: dict, base: ModelConfig, name: str) -> None:
     """ValueError where a file or a flag asks a checkpoint to be another model."""
     for key, value in (model | given).items():
         had = getattr(base, key) if key != "head_dim" else base.head_width
         if key in TREATMENT:
-            differs = key not in given and value != had and not (key == "window" and had is None)
+            newly = key == "window" and had is None
+            differs = key not in given and value != had and not newly
             mend = f"give --{key.replace('_', '-')} to say which"
         else:
-            differs, mend = value is not None and value != had, "a checkpoint's shape cannot change"
+            differs, mend = value not in (None, had), "a checkpoint's shape cannot change"
         if differs:
+            where = "the flags" if key in given else name
             raise ValueError(
-                f"{key} is {value!r} in {name if key not in given else 'the flags'} and {had!r} "
-                f"in the --init checkpoint: {mend}"
+                f"{key} is {value!r} in {where} and {had!r} in the --init checkpoint: {mend}"
             )
 
 
 def run_name(recipe: Recipe, name: str) -> str:
     """<recipe>-<pattern>-s<seed>, each windowed letter with its window (some disks ignore case):
     laptop-r64r64r64N-s1."""
-    letters = "".join(
-        f"{letter}{recipe.model.window}" if letter.islower() else letter
-        for letter in recipe.model.pattern
-    )
-    return f"{name}-{letters}-s{recipe.seed}" + ("-qk" if recipe.model.qk_norm else "")
+    window = recipe.model.window
+    letters = "".join(c + f"{window}" * c.islower() for c in recipe.model.pattern)
+    return f"{name}-{letters}-s{recipe.seed}" + "-qk" * recipe.model.qk_norm
 
 
 def to_tables(recipe: Recipe) -> dict:
-    """The recipe as the tables that `recipe.build` reads."""
-    given = lambda table: {key: value for key, value in table.items() if value is not None}
+    """The recipe as the tables that `build` reads."""
+    known = lambda table: {key: value for key, value in table.items() if value is not None}
     tables = asdict(recipe)
-    return given(tables) | {
-        "model": given(tables["model"]),
-        "phase": [given(phase) for phase in tables["phase"]],
-    }
+    phases = [known(phase) for phase in tables["phase"]]
+    return known(tables) | {"model": known(tables["model"]), "phase": phases}
 
 
-def command_line(description: str) -> CommandLine:
+def command_line(description: str | None) -> CommandLine:
     """Run options, then one flag for each field of Recipe and ModelConfig."""
-    parser = CommandLine(
-        prog="train.py",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    unset = {"default": argparse.SUPPRESS}
-    parser.add_argument(
-        "recipe", nargs="?", type=Path, help="a TOML file (default: recipes/laptop.toml)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="the run's folder (default: out/<recipe>-<pattern>-s<seed>)",
-        **unset,
-    )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        type=Path,
-        const=None,
-        metavar="RUN",
-        help="continue the run in this folder",
-        **unset,
-    )
-    parser.add_argument(
-        "--init", type=Path, metavar="CHECKPOINT", help="start from these weights", **unset
-    )
-    parser.add_argument(
-        "--max-steps",
-        type=int,
-        help="stop after so many steps, the schedule unchanged; 0 only evaluates",
-        **unset,
-    )
-    parser.add_argument(
-        "--micro-batch",
-        type=int,
-        help="tokens per forward and process, at least one sequence (default: all that there are)",
-        **unset,
-    )
-    parser.add_argument(
-        "--device",
-        help="cuda, cpu or mps (default: cuda where there is one, else cpu; mps is untested)",
-        **unset,
-    )
-    parser.add_argument(
-        "--backend", choices=BACKENDS, help="the windowed layers' kernel (default: auto)", **unset
-    )
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile (default: on CUDA)",
-        **unset,
-    )
-    for cls, left_out in (
-        (Recipe, ("model", "phase")),
-        (ModelConfig, ("vocab_size", "trained_length")),
-    ):
+    parser = CommandLine(prog="train.py", description=description)
+    parser.add_argument("recipe", nargs="?", type=Path, help="TOML (default: recipes/laptop.toml)")
+
+    def add(flag: str, help: str, **more) -> None:
+        parser.add_argument(flag, help=help, default=argparse.SUPPRESS, **more)
+
+    switch = argparse.BooleanOptionalAction
+    add("--out", "the run's folder (default: out/<recipe>-<pattern>-s<seed>)", type=Path)
+    resume = {"nargs": "?", "type": Path, "const": None, "metavar": "RUN"}
+    add("--resume", "continue the run in this folder", **resume)
+    add("--init", "start from these weights", type=Path, metavar="CHECKPOINT")
+    add("--max-steps", "stop after so many, the schedule unchanged; 0 only evaluates", type=int)
+    add("--micro-batch", "tokens per forward and process (default: all there are)", type=int)
+    add("--device", "cuda, cpu or mps (default: cuda where there is one, else cpu)")
+    add("--backend", "the windowed layers' kernel (default: auto)", choices=BACKENDS)
+    add("--compile", "torch.compile (default: on CUDA)", action=switch)
+    for cls, left_out in ((Recipe, ("model", "phase")), (ModelConfig, ("vocab_size",))):
         for f in fields(cls):
-            if f.name in left_out:
+            if f.name in (*left_out, "trained_length"):
                 continue
             kind = next(k for k in (typing.get_args(f.type) or (f.type,)) if k is not type(None))
-            how = (
-                {"action": argparse.BooleanOptionalAction}
-                if kind is bool
-                else {"type": kind, "metavar": kind.__name__.upper()}
-            )
-            parser.add_argument(
-                "--" + f.name.replace("_", "-"),
-                help=f"{cls.__name__}.{f.name}, default {f.default}",
-                **how,
-                **unset,
-            )
+            reads = lambda text, f=f: parsed(f.type, text, "--" + f.name.replace("_", "-"))
+            how = {"type": reads, "metavar": kind.__name__.upper()}
+            how = {"action": switch} if kind is bool else how
+            add("--" + f.name.replace("_", "-"), f"{cls.__name__}.{f.name}: {f.default}", **how)
     return parser
+
+
+def parsed(kind, text: str, name: str):
+    """The text of a flag as the annotation `kind` says. ArgumentTypeError, a ValueError for callers
+    of their own, naming it."""
+    wanted = next(k for k in (typing.get_args(kind) or (kind,)) if k is not type(None))
+    try:
+        value = {"true": True, "false": False}[text] if wanted is bool else wanted(text)
+        return typed(kind, value, name)
+    except (KeyError, ValueError):
+        raise ValueError(f"{name} {text!r} is no {wanted.__name__}") from None

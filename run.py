@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import shutil
-import subprocess
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 
 import checkpoint
 import recipe as recipes
-from commandline import choose_device
+from commandline import choose_device, git_commit, locked
 from data.batches import check_fit
 from data.corpus import Corpus
 from data.needles import Needles
@@ -152,25 +151,13 @@ def is_run(out: Path) -> bool:
     return (out / "run.json").is_file() and (out / "last").is_dir()
 
 
-def locked(out: Path):
-    """The lock of a run, until it is released or the process ends. ValueError where another process
-    holds it: training never waits."""
-    from filelock import FileLock, Timeout
-
-    folder = out.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-    try:
-        return lock.acquire().lock
-    except Timeout:
-        message = f"another process trains {out}: wait for it, or give another folder with --out"
-        raise ValueError(message) from None
-
-
 def claim(run: Run, resuming: bool) -> None:
     """Lock the run's folder, and give the model the weights that a resumed one has there.
     ValueError where they are damaged, or a new run would be in the way of another."""
-    run.lock = locked(run.out) if RANK == 0 else None
+    if RANK == 0:
+        run.lock = locked(
+            run.out, f"another process trains {run.out}: wait, or choose another --out"
+        )
     if resuming:
         checkpoint.verify_checksums(run.out / "last")
         checkpoint.load_weights(run.out / "last", run.model, run.device, torch.float32)
@@ -197,7 +184,7 @@ def begin(run: Run, argv: list[str]) -> None:
         "device": platform.machine() + " CPU",
         "threads": torch.get_num_threads(),
         "processes": RANKS,
-        "git": commit(),
+        "git": git_commit(HERE),
     }
     if run.device.type == "cuda":
         record["device"] = torch.cuda.get_device_name()
@@ -207,16 +194,6 @@ def begin(run: Run, argv: list[str]) -> None:
         if run.max_steps > 0:
             save(run, folder=folder)
     run.log = run.out / "log.jsonl"
-
-
-def commit() -> str | None:
-    """The commit of this code, None where it is not in git or git is not here."""
-    try:
-        git = ["git", "rev-parse", "HEAD"]
-        done = subprocess.run(git, capture_output=True, text=True, cwd=HERE)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def read_record(out: Path) -> tuple[str, Recipe, str]:
@@ -240,10 +217,8 @@ def save(run: Run, improved: bool = False, folder: Path | None = None) -> None:
     """A checkpoint of the steps done, to which `last` points, and `best` where `improved`; those
     that were pointed to before go."""
     folder = folder or run.out
-    links = [folder / name for name in ("last", "best")]
-    before = {link.resolve() for link in links if link.exists()}
     target = folder / f"step-{run.step:06d}"
-    if target.resolve() not in before:
+    if target.name not in checkpoint.pointed(folder):
         shutil.rmtree(target, ignore_errors=True)  # left by an attempt that was killed
         with checkpoint.atomic_folder(target) as partial:
             run.model.save_pretrained(partial)
@@ -252,12 +227,11 @@ def save(run: Run, improved: bool = False, folder: Path | None = None) -> None:
             state = {"step": run.step, "best": run.best, "optimizers": states}
             torch.save(state, partial / "training.pt")
             checkpoint.write_checksums(partial)
-    for link in links if improved else links[:1]:
-        checkpoint.point(link, target)
-    after = {link.resolve() for link in links if link.exists()}
-    for old in before - after:
-        if old.parent == folder.resolve() and old.name.startswith("step-"):
-            shutil.rmtree(old)
+    before = checkpoint.pointed(folder)
+    for name in ("last", "best") if improved else ("last",):
+        checkpoint.point(folder / name, target)
+    for old in before - checkpoint.pointed(folder):
+        shutil.rmtree(folder / old)
 
 
 def resume(run: Run) -> None:

@@ -23,15 +23,9 @@ transformers = pytest.importorskip(
     "transformers", reason="the oracle; pip install -r requirements-dev.txt"
 )
 safetensors_torch = pytest.importorskip("safetensors.torch")
-# noqa: E402
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Cohere2Config,
-    Cohere2ForCausalLM,
-)
-
+AutoConfig, AutoTokenizer = transformers.AutoConfig, transformers.AutoTokenizer
+AutoModelForCausalLM = transformers.AutoModelForCausalLM
+Cohere2Config, Cohere2ForCausalLM = transformers.Cohere2Config, transformers.Cohere2ForCausalLM
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 TOLERANCE = 2e-5
@@ -263,11 +257,8 @@ def test_planted_errors_exceed_the_tolerance(tmp_path, monkeypatch, error):
             attention, "rotate", lambda x, table, right=attention.rotate: right(x, table.conj())
         )
     if error == "RMS norm":
-        monkeypatch.setattr(
-            attention.LayerNorm,
-            "forward",
-            lambda n, x: nn.functional.rms_norm(x, n.normalized_shape, n.weight, n.eps),
-        )
+        rms_norm = lambda n, x: nn.functional.rms_norm(x, n.normalized_shape, n.weight, n.eps)
+        monkeypatch.setattr(nn.LayerNorm, "forward", rms_norm)
     d = difference(ours(tokens()), theirs(tokens()).logits)
     assert d < TOLERANCE if error == "none" else d > 50 * TOLERANCE, d
 
