@@ -234,9 +234,7 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return self.o_proj(self.heads(q, k, v, spec, shared, layer))
 
-    def heads(
-        self, q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, shared: Shared, layer: int
-    ) -> Tensor:
+    def heads(self, q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, shared, layer) -> Tensor:
         """Everything between the projections: q (b t (h d)), k and v (b t (k d)) -> (b t (h d))."""
         b, t, _ = q.shape
         q, k, v = (x.view(b, t, -1, self.head_dim) for x in (q, k, v))

@@ -31,8 +31,7 @@ class ModelConfig:
         R  RoPE, every earlier token        N  no position, every earlier token
         r  RoPE, a window                   n  no position, a window
 
-    R is the RoPE baseline, N NoPE, RN RNoPE (paper, section 4), rrrN RNoPE-SWA (section 5), Nrrr
-    SWAN-GPT's order.
+    R is RoPE, N NoPE, RN RNoPE (section 4), rrrN RNoPE-SWA (section 5), Nrrr SWAN-GPT's order.
     """
 
     n_layer: int = 4
@@ -120,18 +119,13 @@ class Transformer(nn.Module):
         self.initialise()
 
     @property
-    def config(self) -> ModelConfig:
-        """What the model computes; setting it reads the pattern into `plan`."""
-        return self._config
-
-    @config.setter
-    def config(self, config: ModelConfig) -> None:
-        self._config, self.plan = config, layer_plan(config)
+    def plan(self) -> list[LayerSpec]:
+        """What each layer chooses."""
+        return layer_plan(self.config)
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Matrices at fan_in^-0.5, the two that write to the residual stream smaller by
-        sqrt(2 n_layer), embeddings at 0.02."""
+        """Matrices at fan_in^-0.5, those that write to x / sqrt(2 n_layer), embeddings at 0.02."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 p.normal_(std=p.shape[1] ** -0.5)
@@ -145,9 +139,7 @@ class Transformer(nn.Module):
         (attention weights (b h t s), key positions (s)), from the written-out softmax."""
         return self.unembed(self.hidden(tokens, cache, weights=weights))
 
-    def hidden(
-        self, tokens: Tensor, cache: KVCache | None = None, layers=None, weights=None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache=None, layers=None, weights=None) -> Tensor:
         """(b t c) after the final norm. A list given as `layers` collects the residual stream, each
         (b t c): the embeddings, then what every block makes of it."""
         x = self.embed_tokens(tokens)
@@ -162,9 +154,7 @@ class Transformer(nn.Module):
                 layers.append(x)
         return self.norm(x)
 
-    def share(
-        self, t: int, device: torch.device, cache: KVCache | None, weights=None, table=None
-    ) -> Shared:
+    def share(self, t: int, device, cache: KVCache | None, weights=None, table=None) -> Shared:
         """What the layers of a forward over the next t tokens share; a cache counts them. `table`
         is their rotary table, where it has been made before."""
         c, backend = self.config, self.backend
@@ -175,13 +165,10 @@ class Transformer(nn.Module):
         def kernel(window: int | None) -> Kernel:
             k_pos = q_pos if whole else cache.key_positions(window)
             if weights is not None:
-                return partial(
-                    attention.reference, window=window, q_pos=q_pos, k_pos=k_pos, collect=weights
-                )
+                return lambda *qkv: attention.reference(*qkv, window, q_pos, k_pos, weights)
             chosen = attention.choose_backend(backend, window, t, device, not whole, c.head_width)
-            if whole and chosen == "banded" and window is None:
-                chosen = "sdpa"  # `backend` names the windowed layers' kernel
-            if whole:
+            if whole:  # `backend` names the windowed layers' kernel
+                chosen = "sdpa" if chosen == "banded" and window is None else chosen
                 return attention.kernel_for(window, t, device, chosen)
             if cache.all_visible(t):
                 return sdpa
@@ -200,7 +187,6 @@ class Transformer(nn.Module):
             c.head_width, c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_original_length
         )
         table = attention.rotary_table(positions, *frequencies)
-        # The compiler has no complex numbers.
         return table if torch.compiler.is_compiling() else torch.view_as_complex(table)
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -212,16 +198,9 @@ class Transformer(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum of weight x negative log-likelihood in nats, over tokens and targets (b t); a target
         of -100 does not count. weights (b t) float; None: their mean, 1 / (targets that count)."""
-        hidden = self.hidden(tokens).flatten(0, 1)
-        if weights is None:
-            counted = (targets != -100).sum().clamp(min=1)
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            weights = torch.ones(targets.shape, device=targets.device, dtype=wide) / counted
+        hidden, scale = self.hidden(tokens), self.config.logit_scale
         output = self.embed_tokens if self.config.tie_embeddings else self.lm_head
-        scale = self.config.logit_scale
-        return linear_cross_entropy(
-            hidden, output.weight, targets.flatten(), weights.flatten(), scale
-        )
+        return linear_cross_entropy(hidden, output.weight, targets, weights, scale)
 
     def new_cache(self, batch_size: int = 1, max_length: int = 8192) -> KVCache:
         """An empty cache for this pattern, on the model's device and in its dtype."""
@@ -240,9 +219,8 @@ class Transformer(nn.Module):
         stop: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """tokens (b t) -> (b t+new). Temperature 0 is greedy; top_k and top_p as in `draw`. A row
-        that has produced `stop` repeats it, and when all have, that is the end. Raises ValueError
-        as `check_settings` does. engine.stream writes the same text, faster."""
+        """tokens (b t) -> (b t+new); settings as in `draw`. A row that has produced `stop` repeats
+        it; when all have, that is the end. engine.stream writes the same text, faster."""
         check_settings(self.config, tokens, max_new_tokens, temperature, top_k, top_p)
         cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens)
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -260,8 +238,7 @@ class Transformer(nn.Module):
         return tokens
 
     def matmul_parameters(self) -> int:
-        """N: the parameters that multiply every token. Tied embeddings count once, as the output
-        matrix."""
+        """N: the parameters that multiply every token; tied embeddings count, as output matrix."""
         count = sum(p.numel() for p in self.parameters() if p.ndim == 2)
         return count if self.config.tie_embeddings else count - self.embed_tokens.weight.numel()
 
@@ -273,17 +250,11 @@ class Transformer(nn.Module):
         return 6 * self.matmul_parameters() + 12 * d_h * (pairs / length)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors into the folder `path`, in Cohere2's layout where
-        it can express the model."""
+        """Write config.json and model.safetensors into the folder `path`, as Cohere2 if it can."""
         checkpoint.save(path, asdict(self.config), self.state_dict())
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> "Transformer":
+    def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "Transformer":
         """The model in the folder `path`: ours or Hugging Face's Cohere2, sharded or not, straight
         to `device` and `dtype`. Raises OSError for a missing file and ValueError for one that is
         damaged or asks for what is not implemented here."""
@@ -327,6 +298,7 @@ def check_config(c: ModelConfig) -> None:
 
     p, d, factor, unknown = c.pattern, c.head_width, c.rope_factor, c.pattern.strip("RrNn")
     windowed, scaled = p != p.upper(), c.rope_scaling != "none"
+    yarn = c.rope_scaling == "yarn" and c.rope_original_length is None
     indivisible = f"d_model {c.d_model} is not a multiple of n_head {c.n_head}: "
     untiled = f"pattern {p!r} ({len(p)} letters) does not tile {c.n_layer} layers: "
     unseen = f"pattern {p!r} has a windowed (small) letter and no window: "
@@ -338,9 +310,7 @@ def check_config(c: ModelConfig) -> None:
         f"rope_factor {factor} does nothing without rope_scaling": factor > 1 and not scaled,
         f"rope_scaling 'ntk' needs head_dim of 4 or more, not {d}": c.rope_scaling == "ntk"
         and d < 4,
-        "rope_scaling 'yarn' needs rope_original_length, the trained length": (
-            c.rope_scaling == "yarn" and c.rope_original_length is None
-        ),
+        "rope_scaling 'yarn' needs rope_original_length, the trained length": yarn,
         f"length_base {c.length_base} is below 2": (c.length_base or 2) < 2,
         f"pattern {p!r} has an unknown letter {unknown!r}: use R, r, N and n": unknown,
         untiled + "make n_layer a multiple of its length": not p or c.n_layer % len(p),

@@ -17,7 +17,8 @@ import math
 import tomllib
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 
 from attention import BACKENDS, one_of
@@ -153,11 +154,8 @@ class Stage:
         share says."""
         unit = math.gcd(*self.lengths.values())
         place = (step - self.start) % (sum(self.lengths.values()) // unit)
-        for length, share in self.lengths.items():
-            place -= share // unit
-            if place < 0:
-                return length
-        raise AssertionError("shares are above 0")
+        ends = accumulate(share // unit for share in self.lengths.values())
+        return next(length for length, end in zip(self.lengths, ends) if place < end)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: a linear warm-up, then a cosine to a tenth."""
@@ -202,16 +200,12 @@ def check_phase(recipe: Recipe, phase: Phase, where: str) -> None:
     for length, share in phase.lengths.items():
         text = f"{where}lengths {{ {length} = {share} }}"
         require(length >= 2 and share >= 1, f"{text}: a length of 2 or more, a share of 1 or more")
-        require(
-            recipe.batch_tokens % length == 0,
-            f"{where}length {length} does not divide batch_tokens {recipe.batch_tokens}: every "
-            "step has the same tokens",
-        )
-    require(
-        phase.length_scale != "ssmax" or recipe.model.length_scale == "ssmax",
-        f"{where}length_scale 'ssmax' owns weights, so a phase cannot switch it on: put it under "
-        "[model]",
-    )
+        undivided = f"{where}length {length} does not divide batch_tokens {recipe.batch_tokens}"
+        divides = recipe.batch_tokens % length == 0
+        require(divides, f"{undivided}: every step has the same tokens")
+    owned = phase.length_scale != "ssmax" or recipe.model.length_scale == "ssmax"
+    mend = "owns weights, so a phase cannot switch it on: put it under [model]"
+    require(owned, f"{where}length_scale 'ssmax' {mend}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -241,9 +235,8 @@ def build(
     """
     flags, tables = dict(flags or {}), dict(tables)
     table, phases = tables.pop("model", {}), tables.pop("phase", [])
-    if not isinstance(table, dict) or not (
-        isinstance(phases, list) and all(isinstance(phase, dict) for phase in phases)
-    ):
+    tables_all = [table, *phases] if isinstance(phases, list) else [None]
+    if not all(isinstance(each, dict) for each in tables_all):
         raise ValueError(f"{name}: the model is a table, [model], the phases are tables, [[phase]]")
     model = typed_fields(ModelConfig, table, f"{name}: [model] ")
     rest = typed_fields(Recipe, tables, f"{name}: ")
@@ -335,16 +328,23 @@ def command_line(description: str | None) -> CommandLine:
             if f.name in (*left_out, "trained_length"):
                 continue
             kind = next(k for k in (typing.get_args(f.type) or (f.type,)) if k is not type(None))
-            reads = lambda text, f=f: parsed(f.type, text, "--" + f.name.replace("_", "-"))
+            reads = partial(flag_value, f.type)
             how = {"type": reads, "metavar": kind.__name__.upper()}
             how = {"action": switch} if kind is bool else how
             add("--" + f.name.replace("_", "-"), f"{cls.__name__}.{f.name}: {f.default}", **how)
     return parser
 
 
+def flag_value(kind, text: str):
+    """The text of a flag as the annotation `kind` says."""
+    try:
+        return parsed(kind, text, "value")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parsed(kind, text: str, name: str):
-    """The text of a flag as the annotation `kind` says. ArgumentTypeError, a ValueError for callers
-    of their own, naming it."""
+    """Text as the annotation `kind` says. ValueError naming it."""
     wanted = next(k for k in (typing.get_args(kind) or (kind,)) if k is not type(None))
     try:
         value = {"true": True, "false": False}[text] if wanted is bool else wanted(text)

@@ -16,11 +16,10 @@ import torch
 from commandline import CommandLine, choose_device, guarded
 from data.tokenizer import load_tokenizer
 from engine import stream
-from model import Transformer, check_settings
+from model import Transformer, check_settings, require
 
 
 def command_line() -> CommandLine:
-    """The flags."""
     parser = CommandLine(prog="sample.py", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="DIR", help="default: the newest under out/")
@@ -42,10 +41,8 @@ def newest_checkpoint(root: Path = Path("out")) -> Path:
     there is none."""
     made = [last for last in root.glob("*/last") if (last / "config.json").is_file()]
     if not made:
-        raise FileNotFoundError(
-            f"no checkpoint under {root}/: `python train.py` makes one, or name one with "
-            "--checkpoint"
-        )
+        mend = "`python train.py` makes one, or name one with --checkpoint"
+        raise FileNotFoundError(f"no checkpoint under {root}/: {mend}")
     return max(made, key=lambda last: (last / "config.json").stat().st_mtime)
 
 
@@ -64,9 +61,8 @@ def read_prompt(args: Namespace) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the prompt in {where} is not UTF-8 ({error.reason} at byte {error.start})"
-        ) from None
+        place = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"the prompt in {where} is not UTF-8 ({place})") from None
     if not text:
         raise ValueError("the prompt is empty: give at least one character")
     return text
@@ -76,16 +72,14 @@ def read_prompt(args: Namespace) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = command_line().parse(argv)
-    if args.samples < 1:
-        raise ValueError(f"--samples {args.samples} must be at least 1")
+    require(args.samples >= 1, f"--samples {args.samples} must be at least 1")
     device, _ = choose_device(args.device)
     text = read_prompt(args)
     path = args.checkpoint or newest_checkpoint()
     tokenizer = load_tokenizer(path)
     model = Transformer.from_pretrained(path, device, getattr(torch, args.dtype))
-    if tokenizer.n_vocab > model.config.vocab_size:
-        sizes = f"{tokenizer.n_vocab} tokens and its model {model.config.vocab_size}"
-        raise ValueError(f"{path}: its tokenizer has {sizes}")
+    sizes = f"{tokenizer.n_vocab} tokens and its model {model.config.vocab_size}"
+    require(tokenizer.n_vocab <= model.config.vocab_size, f"{path}: its tokenizer has {sizes}")
     prompt = torch.tensor([[tokenizer.bos_token, *tokenizer.encode_ordinary(text)]], device=device)
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     check_settings(model.config, prompt, args.max_new_tokens, **settings)

@@ -11,16 +11,21 @@ LEAST_ROWS = 256  # each chunk also adds to the whole (v c) gradient of the outp
 
 
 def linear_cross_entropy(
-    hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor, scale: float
+    hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor | None, scale: float
 ) -> Tensor:
     """Sum of weights x cross-entropy of the logits scale x hidden matrix^T, a scalar in float32 at
-    least: hidden (n c), matrix (v c), targets and weights (n); a target of -100 does not count.
+    least: hidden (b t c), matrix (v c), targets and weights (b t); a target of -100 does not count.
+    weights None: the mean, 1 / (targets that count).
 
     Equal to torch's `cross_entropy` of whole logits, which for a long context and a large
     vocabulary are the largest tensor of a training step.
     """
-    wanted = torch.is_grad_enabled()
-    return LinearCrossEntropy.apply(hidden, matrix, targets, weights, scale, wanted)
+    if weights is None:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        ones = torch.ones(targets.shape, device=targets.device, dtype=wide)
+        weights = ones / (targets != -100).sum().clamp(min=1)
+    rows = hidden.flatten(0, 1), matrix, targets.flatten(), weights.flatten()
+    return LinearCrossEntropy.apply(*rows, scale, torch.is_grad_enabled())
 
 
 class LinearCrossEntropy(torch.autograd.Function):

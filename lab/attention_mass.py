@@ -25,17 +25,8 @@ from commandline import guarded
 from data.needles import QC, Example, Needles
 from engine import fill
 from evaluate import mean_and_error
+from lab import report
 from lab.needles import cell_examples
-from lab.report import (
-    at_least,
-    checkpoint_command,
-    figure_of,
-    lengths_of,
-    opened,
-    progress,
-    write,
-    write_rows,
-)
 from model import Transformer
 
 SEGMENTS = ("begin", "needle", "context", "qc")  # in the order of data.needles
@@ -43,7 +34,6 @@ COLUMNS = (*SEGMENTS, "recent", "entropy", "entropy_share")
 RECENT = 32  # nearest keys, the query's own included: what a head of recency reads
 # The density leaves out the first 10 tokens and the last 3%, as the paper's does.
 BINS, FIRST, LAST = 40, 10, 0.97
-TIMES = (1, 4, 16)  # the trained length
 
 
 @dataclass(frozen=True)
@@ -121,37 +111,40 @@ def example_spent(model: Transformer, example: Example) -> list[dict[str, Tensor
     ]
 
 
-def kinds(plan: list[LayerSpec]) -> dict[str, list[int]]:
-    """Which layers a row of the tables speaks of: all, and where there are both kinds, each."""
-    rope = [i for i, spec in enumerate(plan) if spec.rope]
-    nope = [i for i, spec in enumerate(plan) if not spec.rope]
-    both = {"RoPE": rope, "NoPE": nope} if rope and nope else {}
-    return {"all": list(range(len(plan)))} | both
+def examples_of(needles: Needles, length: int, count: int, seed: int) -> list[Example]:
+    """Needles at half depth in `length` tokens. ValueError where one does not fit."""
+    return list(cell_examples(needles, "single", length, 0.5, count, seed))
+
+
+def position(spec: LayerSpec) -> str:
+    """A layer's kind, as the tables name it."""
+    return "RoPE" if spec.rope else "NoPE"
 
 
 def measure(
     model: Transformer, needles: Needles, name: str, length: int, examples: int, seed: int = 1
 ) -> tuple[list[Mass], list[Head], dict[str, Tensor]]:
-    """Masses by kind of layer, heads, and densities (BINS) by kind of layer, over needles at half
-    depth in `length` tokens."""
-    cell = cell_examples(needles, "single", length, 0.5, examples, seed)
-    made = [example_spent(model, example) for example in cell]
+    """Masses by kind of layer (all, and in a hybrid each), heads, and densities (BINS) by kind."""
+    made = [example_spent(model, each) for each in examples_of(needles, length, examples, seed)]
 
     def stacked(key: str) -> Tensor:  # (example layer ..)
         return torch.stack([torch.stack([layer[key] for layer in layers]) for layers in made]).cpu()
 
     values, density = {key: stacked(key) for key in COLUMNS}, stacked("density").mean(0)
+    layers = {"all": list(range(len(model.plan)))}
+    for kind in ("RoPE", "NoPE"):
+        of = [i for i, spec in enumerate(model.plan) if position(spec) == kind]
+        layers |= {kind: of} if 0 < len(of) < len(model.plan) else {}
     masses = []
-    for kind, layers in kinds(model.plan).items():
-        means = {key: value[:, layers].mean().item() for key, value in values.items()}
-        error = mean_and_error(values["needle"][:, layers].mean((1, 2)).numpy())[1]
+    for kind, of in layers.items():
+        means = {key: value[:, of].mean().item() for key, value in values.items()}
+        error = mean_and_error(values["needle"][:, of].mean((1, 2)).numpy())[1]
         masses.append(Mass(name, length, kind, examples, needle_error=error, **means))
     heads = []
     for (i, spec), j in product(enumerate(model.plan), range(model.config.n_head)):
-        position = "RoPE" if spec.rope else "NoPE"
         over = [values[key].mean(0)[i, j].item() for key in ("needle", "recent")]
-        heads.append(Head(name, length, i, j, position, spec.window, *over))
-    return masses, heads, {kind: density[i].mean(0) for kind, i in kinds(model.plan).items()}
+        heads.append(Head(name, length, i, j, position(spec), spec.window, *over))
+    return masses, heads, {kind: density[of].mean(0) for kind, of in layers.items()}
 
 
 def table(masses: list[Mass]) -> str:
@@ -169,8 +162,7 @@ def table(masses: list[Mass]) -> str:
 
 
 def head_map(heads: list[Head], count: int = 3) -> str:
-    """The heads of one checkpoint at one length that hold most of the needle, and most of what is
-    near."""
+    """The heads of one checkpoint that hold most of the needle, and most of what is near."""
     lines = [f"{heads[0].checkpoint}, {heads[0].length:,} tokens"]
     for key in ("needle", "recent"):
         best = sorted(heads, key=lambda head: -getattr(head, key))[:count]
@@ -184,64 +176,60 @@ def head_map(heads: list[Head], count: int = 3) -> str:
 
 
 def plot(masses: list[Mass], heads: list[Head], densities: dict, out: Path) -> None:
-    """A row a checkpoint: masses by length, density at the longest, and every head there."""
-    names = list(dict.fromkeys(mass.checkpoint for mass in masses))
-    longest = max(mass.length for mass in masses)
-    size = 14, 0.4 + 3.1 * len(names)
-    figure, axes = figure_of(*size, len(names), 3, squeeze=False)
+    """A row a checkpoint: masses by length, and at the longest the density and every head."""
+    names, longest = report.distinct(masses, "checkpoint"), heads[0].length
+    figure, axes = report.figure_of(14, 0.4 + 3.1 * len(names), len(names), 3, squeeze=False)
     for name, (bars, line, points) in zip(names, axes):
         rows, bottom = [mass for mass in masses if mass.checkpoint == name], 0
+        labels = [f"{mass.length:,}\n{mass.layers}" for mass in rows]
         for segment in SEGMENTS:
             values = np.array([getattr(mass, segment) for mass in rows])
-            bars.bar(range(len(rows)), values, bottom=bottom, label=segment)
+            bars.bar(labels, values, bottom=bottom, label=segment)
             bottom = bottom + values
-        labels = [f"{m.length:,}" + f"\n{m.layers}" * (m.layers != "all") for m in rows]
-        bars.set_xticks(range(len(rows)), labels, fontsize=7)
         bars.set(title=f"{name}\nattention mass of the qc queries", ylim=(0, 1))
-        bars.legend(fontsize=7, loc="lower right", framealpha=0.6)
-        for kind, density in densities[name, longest].items():
+        for kind, density in densities[name].items():
             line.plot((np.arange(BINS) + 0.5) / BINS, density.numpy(), label=kind)
         line.set(title=f"density over the context, {longest:,} tokens (even: 1)", yscale="log")
         line.set(xlabel="place in the context")
-        line.legend(fontsize=7)
-        for position, color in (("RoPE", "tab:orange"), ("NoPE", "tab:blue")):
-            key = (name, longest, position)
-            of = [head for head in heads if (head.checkpoint, head.length, head.position) == key]
-            xy = [head.recent for head in of], [head.needle for head in of]
-            points.scatter(*xy, color=color, label=position)
-            for head in of:
-                points.annotate(f"{head.layer}.{head.head}", (head.recent, head.needle), fontsize=6)
-        points.set(title="heads (layer.head)", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        for head in (head for head in heads if head.checkpoint == name):
+            color = "tab:orange" if head.position == "RoPE" else "tab:blue"
+            place = (head.recent, head.needle)
+            points.annotate(f"{head.layer}.{head.head}", place, color=color, ha="center")
+        points.set(title="heads (layer.head): RoPE orange, NoPE blue")
+        points.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
         points.set(xlabel=f"mass on the {RECENT} nearest keys", ylabel="mass on the needle")
-        points.legend(fontsize=7)
+        bars.tick_params(labelsize=7)
+        bars.legend(fontsize=7, loc="lower right", framealpha=0.6)
+        line.legend(fontsize=7)
     figure.savefig(out, dpi=110)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = checkpoint_command("attention_mass", __doc__, "attention-mass")
+    parser = report.checkpoint_command("attention_mass", __doc__, "attention-mass")
     default = "tokens (default: 1, 4 and 16 times the trained length)"
     parser.add_argument("--lengths", nargs="+", type=int, help=default)
     parser.add_argument("--examples", type=int, default=16, help="at every length (default: 16)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse(argv)
-    at_least(1, examples=args.examples)
-    at_least(0, seed=args.seed)
-    models, corpus = opened(args)
-    lengths = sorted(lengths_of(args.lengths, TIMES, models, "--lengths"))
+    report.at_least(1, examples=args.examples)
+    report.at_least(0, seed=args.seed)
+    models, corpus = report.opened(args)
+    lengths = sorted(report.lengths_of(args.lengths, (1, 4, 16), models, "--lengths"))
     needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
     for length in lengths:
-        list(cell_examples(needles, "single", length, 0.5, args.examples, args.seed))  # all fit
+        examples_of(needles, length, args.examples, args.seed)  # before anything is measured
 
-    masses, heads, densities = [], [], {}
-    for (name, model), length in progress(list(product(models.items(), lengths))):
+    masses, heads, longest, densities = [], [], {}, {}
+    for (name, model), length in report.progress(list(product(models.items(), lengths))):
         cell = measure(model, needles, name, length, args.examples, args.seed)
-        masses, heads, densities[name, length] = masses + cell[0], heads + cell[1], cell[2]
-    longest = [[h for h in heads if (h.checkpoint, h.length) == (n, lengths[-1])] for n in models]
-    write_rows(heads, Path(f"{args.out}-heads.csv"))
-    text = "\n".join([table(masses), "", *map(head_map, longest)])
-    write(masses, args.out, lambda rows, out: plot(rows, heads, densities, out), text)
+        masses, heads = masses + cell[0], heads + cell[1]
+        longest[name], densities[name] = cell[1:]  # the lengths grow
+    report.write_rows(heads, Path(f"{args.out}-heads.csv"))
+    text = "\n".join([table(masses), "", *map(head_map, longest.values())])
+    draw = lambda rows, out: plot(rows, sum(longest.values(), []), densities, out)
+    report.write(masses, args.out, draw, text)
 
 
 if __name__ == "__main__":

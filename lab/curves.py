@@ -10,16 +10,19 @@ from pathlib import Path
 from commandline import CommandLine, guarded
 from lab.report import figure_of
 
+PANELS = {
+    "loss": "training loss (with needles)",
+    "val_loss": "validation loss, nats per token",
+    "needles": "needle exact match",
+}
+
 
 def read_log(run: Path) -> list[dict]:
     """The entries of a run's log.jsonl. Raises OSError where there is none and ValueError where it
     is damaged."""
     path = run / "log.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} not found: give the folder of a run, such as `python train.py` leaves under "
-            "out/"
-        )
+        raise FileNotFoundError(f"{path} not found: give a run's folder, as train.py leaves them")
     try:
         entries = [json.loads(line) for line in path.read_bytes().splitlines()]
         damage = next((entry for entry in entries if "step" not in entry), None)
@@ -34,27 +37,19 @@ def read_log(run: Path) -> list[dict]:
 
 def plot(logs: dict[str, list[dict]], out: Path) -> None:
     """Against the step: training loss (running mean of 10), validation loss, needles."""
-    figure, (losses, validation, needles) = figure_of(13, 4, 1, 3)
-    for name, entries in logs.items():
-        training = [(e["step"], e["loss"]) for e in entries if "loss" in e]
-        if training:
-            values = [value for _, value in training]
-            lately = [values[max(0, i - 9) : i + 1] for i in range(len(values))]
-            smooth = [sum(last) / len(last) for last in lately]
-            losses.plot([step for step, _ in training], smooth, label=name)
-        for axis, key in ((validation, "val_loss"), (needles, "needles")):
-            points = [(e["step"], e[key]) for e in entries if key in e]
-            axis.plot([step for step, _ in points], [y for _, y in points], marker=".", label=name)
-    titles = {
-        "training loss (with needles)": losses,
-        "validation loss, nats per token": validation,
-        "needle exact match": needles,
-    }
-    for title, axis in titles.items():
+    figure, axes = figure_of(13, 4, 1, 3)
+    for axis, (key, title) in zip(axes, PANELS.items()):
+        for name, entries in logs.items():
+            steps = [entry["step"] for entry in entries if key in entry]
+            values = [entry[key] for entry in entries if key in entry]
+            if key == "loss":
+                lately = [values[max(0, i - 9) : i + 1] for i in range(len(values))]
+                values = [sum(last) / len(last) for last in lately]
+            axis.plot(steps, values, marker="" if key == "loss" else ".", label=name)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    needles.set_ylim(-0.02, 1.02)
-    losses.legend(fontsize=8)
+    axes[0].legend(fontsize=8)
+    axes[2].set_ylim(-0.02, 1.02)
     figure.savefig(out, dpi=120)
 
 
@@ -63,8 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = CommandLine(prog="python -m lab.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    default = Path("curves.png")
-    parser.add_argument("--out", type=Path, default=default, help=f"default: {default}")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="(curves.png)")
     args = parser.parse(argv)
     logs = {run.name: read_log(run) for run in args.runs}
     if not args.out.parent.is_dir():

@@ -17,19 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from commandline import guarded
-from data.corpus import Corpus
 from engine import fill
 from evaluate import mean_and_error
-from lab.report import (
-    at_least,
-    checkpoint_command,
-    figure_of,
-    length_axis,
-    lengths_of,
-    opened,
-    progress,
-    write,
-)
+from lab import report
 from model import Transformer
 
 TARGETS = 128  # tokens, the last of every window
@@ -51,12 +41,11 @@ def windows(ids: np.ndarray, eot: int, longest: int, count: int) -> list[tuple[i
     """(document, end) of `count` windows of validation tokens: ids[end - longest : end] lies in one
     document and no two share a target. The documents take turns, so that a long one does not speak
     for all. Raises ValueError when there are fewer."""
-    starts = np.flatnonzero(ids == eot) + 1
-    ends = np.append(starts[1:] - 1, len(ids))
+    edges = [*np.flatnonzero(ids == eot).tolist(), len(ids)]
     made = []
-    for document, (start, end) in enumerate(zip(starts.tolist(), ends.tolist())):
-        for turn in range(max(0, (end - start - longest) // TARGETS + 1)):
-            made.append((turn, document, end - turn * TARGETS))
+    for document, (before, end) in enumerate(zip(edges, edges[1:])):
+        last = range(end, before + longest, -TARGETS)
+        made += [(turn, document, end) for turn, end in enumerate(last)]
     if len(made) < count:
         raise ValueError(
             f"the validation text has {len(made)} windows of {longest:,} tokens inside its "
@@ -78,21 +67,13 @@ def loss(model: Transformer, ids: np.ndarray, end: int, context: int, eot: int) 
     return F.cross_entropy(logits.float(), sequence[-TARGETS:]).item()
 
 
-def measure(model: Transformer, corpus: Corpus, name: str, context: int, chosen: list) -> Point:
-    """A point, over the windows `chosen`."""
-    eot, documents = corpus.tokenizer.eot_token, {document for document, _ in chosen}
-    nats = [loss(model, corpus.val, end, context, eot) for _, end in chosen]
-    return Point(name, context, len(chosen), len(documents), *mean_and_error(nats))
-
-
 def table(points: list[Point]) -> str:
     """A row a context, a column a checkpoint."""
-    names = list(dict.fromkeys(point.checkpoint for point in points))
-    at = {(point.checkpoint, point.context): point for point in points}
+    names = report.distinct(points, "checkpoint")
     lines = ["   context  " + "  ".join(f"{name:>18}" for name in names)]
-    for context in dict.fromkeys(point.context for point in points):
+    for context in report.distinct(points, "context"):
         line = f"{context:>10,}"
-        for point in (at[name, context] for name in names):
+        for point in (point for point in points if point.context == context):
             width = max(18, len(point.checkpoint))
             line += f"  {f'{point.nats:.4f} ± {point.error:.4f}':>{width}}"
         lines.append(line)
@@ -103,11 +84,11 @@ def table(points: list[Point]) -> str:
 
 def plot(points: list[Point], out: Path) -> None:
     """Loss against context, a line a checkpoint."""
-    figure, axis = figure_of(6.4, 3.8)
-    for name in dict.fromkeys(point.checkpoint for point in points):
+    figure, axis = report.figure_of(6.4, 3.8)
+    for name in report.distinct(points, "checkpoint"):
         line = [(p.context, p.nats, p.error) for p in points if p.checkpoint == name]
         axis.errorbar(*zip(*line), marker=".", capsize=2, label=name)
-    length_axis(axis, sorted({point.context for point in points}))
+    report.length_axis(axis, report.distinct(points, "context"))
     axis.set(ylabel=f"loss of the last {TARGETS} tokens, nats")
     axis.legend(fontsize=8)
     figure.savefig(out, dpi=120)
@@ -116,26 +97,29 @@ def plot(points: list[Point], out: Path) -> None:
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = checkpoint_command("loss_by_position", __doc__, "loss-by-position")
+    parser = report.checkpoint_command("loss_by_position", __doc__, "loss-by-position")
     default = "tokens (default: 128, 256, ... to 16 times the trained length)"
     parser.add_argument("--contexts", nargs="+", type=int, help=default)
     parser.add_argument("--windows", type=int, default=100)
     args = parser.parse(argv)
-    at_least(1, windows=args.windows)
-    models, corpus = opened(args)
+    report.at_least(1, windows=args.windows)
+    models, corpus = report.opened(args)
     contexts = args.contexts
     if contexts is None:
-        (longest,) = lengths_of(None, [16], models, "--contexts")
+        (longest,) = report.lengths_of(None, [16], models, "--contexts")
         contexts = [TARGETS * 2**i for i in range(32) if TARGETS * 2**i <= longest]
     contexts = sorted(set(contexts))
     if min(contexts) < TARGETS:
         raise ValueError(f"--contexts {min(contexts)} must be at least the {TARGETS} targets")
-    chosen = windows(corpus.val, corpus.tokenizer.eot_token, max(contexts), args.windows)
 
+    eot = corpus.tokenizer.eot_token
+    chosen = windows(corpus.val, eot, contexts[-1], args.windows)
+    documents = len({document for document, _ in chosen})
     points = []
-    for (name, model), context in progress(list(product(models.items(), contexts))):
-        points.append(measure(model, corpus, name, context, chosen))
-    write(points, args.out, plot, table(points))
+    for (name, model), context in report.progress(list(product(models.items(), contexts))):
+        nats = [loss(model, corpus.val, end, context, eot) for _, end in chosen]
+        points.append(Point(name, context, len(chosen), documents, *mean_and_error(nats)))
+    report.write(points, args.out, plot, table(points))
 
 
 if __name__ == "__main__":

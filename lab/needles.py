@@ -21,11 +21,11 @@ from commandline import guarded
 from data.needles import TASKS, Example, Needles
 from engine import prefill
 from evaluate import TIMES, mean_and_error
-from lab.report import at_least, checkpoint_command, figure_of, lengths_of, opened, progress, write
+from lab import report
+from lab.report import distinct
 from model import Transformer
 
 SHADES = " ░▒▓█"
-DEPTHS = [0, 0.25, 0.5, 0.75, 1]
 
 
 @dataclass(frozen=True)
@@ -79,36 +79,29 @@ def cell_examples(
         yield needles.task(task, np.random.default_rng([*cell, i]), length, depth)
 
 
-def measure(
-    model: Transformer,
-    needles: Needles,
-    name: str,
-    task: str,
-    length: int,
-    depth: float | None,
-    examples: int,
-    seed: int,
-) -> Cell:
-    """A cell, scored."""
-    made = cell_examples(needles, task, length, depth, examples, seed)
-    exact, likely = zip(*(score(model, example) for example in made))
-    return Cell(
-        name, task, length, depth, examples, *mean_and_error(exact), *mean_and_error(likely)
-    )
+def measure(model: Transformer, needles: Needles, name: str, *cell) -> Cell:
+    """A cell, scored: `cell` is task, length, depth, examples and seed, as `cell_examples` has
+    them."""
+    scores = [score(model, example) for example in cell_examples(needles, *cell)]
+    exact, likely = zip(*scores)
+    return Cell(name, *cell[:4], *mean_and_error(exact), *mean_and_error(likely))
+
+
+def percent(depth: float | None) -> str:
+    """A depth in words."""
+    return "any" if depth is None else f"{depth:.0%}"
 
 
 def heat_map(cells: list[Cell]) -> str:
-    """One checkpoint on one task: a row a depth, a column a length."""
-    lengths = sorted({cell.length for cell in cells})
-    at = {(cell.depth, cell.length): cell for cell in cells}
+    """One checkpoint on one task, cells by growing length: a row a depth, a column a length."""
     title = "exact / likelihood by the depth of the needle asked first"
     lines = [
         f"{cells[0].checkpoint}, {cells[0].task}: {title}",
-        "  depth " + "".join(f"{n:>16,}" for n in lengths),
+        "  depth " + "".join(f"{n:>16,}" for n in distinct(cells, "length")),
     ]
-    for depth in dict.fromkeys(cell.depth for cell in cells):
-        line = f"  {'any' if depth is None else f'{depth:.0%}':>5} "
-        for cell in (at[depth, n] for n in lengths):
+    for depth in distinct(cells, "depth"):
+        line = f"  {percent(depth):>5} "
+        for cell in (cell for cell in cells if cell.depth == depth):
             shade = SHADES[round(cell.exact * (len(SHADES) - 1))] * 2
             line += f"   {shade} {cell.exact:.2f} / {cell.likelihood:.2f}"
         lines.append(line)
@@ -118,87 +111,76 @@ def heat_map(cells: list[Cell]) -> str:
 def comparison(cells: list[Cell]) -> str:
     """A row a checkpoint and task, a column a length: means over depths, with the standard error of
     the exact match."""
-    lengths = sorted({cell.length for cell in cells})
-    width = max(len(cell.checkpoint) for cell in cells)
+    tasks, names, lengths = (distinct(cells, key) for key in ("task", "checkpoint", "length"))
+    width = max(map(len, names))
     lines = [
         "exact ± error / likelihood, over all depths",
         " " * (width + 20) + "".join(f"{n:>20,}" for n in lengths),
     ]
-    tasks, names = (distinct(cells, key) for key in ("task", "checkpoint"))
     for task, name in product(tasks, names):
         line = f"{name:<{width}}  {task:<18}"
         for n in lengths:
             of = [c for c in cells if (c.task, c.checkpoint, c.length) == (task, name, n)]
+            exact, likely = np.mean([(c.exact, c.likelihood) for c in of], axis=0)
             error = np.sqrt(np.sum([c.exact_error**2 for c in of])) / len(of)
-            exact, likely = (np.mean([getattr(c, key) for c in of]) for key in SCORES)
             line += f"{f'{exact:.2f} ± {error:.2f} / {likely:.2f}':>20}"
         lines.append(line)
     return "\n".join(lines)
 
 
-SCORES = ("exact", "likelihood")
-
-
-def distinct(rows: list, key: str) -> list:
-    """The values of a field, each once, in order."""
-    return list(dict.fromkeys(getattr(row, key) for row in rows))
-
-
 def plot(cells: list[Cell], out: Path) -> None:
     """A heat map of exact match for each task (rows) and checkpoint (columns)."""
+    cells = sorted(cells, key=lambda cell: cell.length)
     tasks, names = distinct(cells, "task"), distinct(cells, "checkpoint")
     size = 1 + 3.4 * len(names), 0.6 + 2.2 * len(tasks)
-    figure, axes = figure_of(*size, len(tasks), len(names), squeeze=False)
-    for (i, task), (j, name) in product(enumerate(tasks), enumerate(names)):
-        of = [cell for cell in cells if (cell.checkpoint, cell.task) == (name, task)]
-        lengths, depths = sorted({c.length for c in of}), distinct(of, "depth")
-        at = {(c.depth, c.length): c.exact for c in of}
-        rows = [[at[d, n] for n in lengths] for d in depths]
-        axes[i, j].imshow(rows, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes[i, j].set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45)
-        labels = ["any" if d is None else f"{d:.0%}" for d in depths]
-        axes[i, j].set_yticks(range(len(depths)), labels)
-        axes[i, j].set_title(f"{name}\n{task}", fontsize=8)
+    figure, axes = report.figure_of(*size, len(tasks), len(names), squeeze=False)
+    for (task, name), axis in zip(product(tasks, names), axes.flat):
+        of = [cell for cell in cells if (cell.task, cell.checkpoint) == (task, name)]
+        lengths, depths = distinct(of, "length"), distinct(of, "depth")
+        rows = [[c.exact for c in of if c.depth == depth] for depth in depths]
+        axis.imshow(rows, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45)
+        axis.set_yticks(range(len(depths)), map(percent, depths))
+        axis.set_title(f"{name}\n{task}", fontsize=8)
     figure.savefig(out, dpi=120)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = checkpoint_command("needles", __doc__, "needles")
-    tasks = f"of {', '.join(TASKS)} (default: single multi-key)"
-    parser.add_argument("--task", nargs="+", default=["single", "multi-key"], help=tasks)
-    lengths = "tokens (default: 0.5 to 16 times the trained length)"
-    parser.add_argument("--lengths", nargs="+", type=int, help=lengths)
+    parser = report.checkpoint_command("needles", __doc__, "needles")
+    add, tasks = parser.add_argument, ["single", "multi-key"]
+    add("--task", nargs="+", default=tasks, help=f"of {', '.join(TASKS)} (default: {tasks})")
+    add("--lengths", nargs="+", type=int, help="tokens (default: .5 to 16 x the trained length)")
     depths = "0 is the beginning, 1 just before the question"
-    parser.add_argument("--depths", nargs="+", type=float, default=DEPTHS, help=depths)
-    parser.add_argument("--examples", type=int, default=8, help="in every cell (default: 8)")
-    parser.add_argument("--seed", type=int, default=1)
+    add("--depths", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1], help=depths)
+    add("--examples", type=int, default=8, help="in every cell (default: 8)")
+    add("--seed", type=int, default=1)
     args = parser.parse(argv)
-    at_least(1, examples=args.examples)
-    at_least(0, seed=args.seed)
+    report.at_least(1, examples=args.examples)
+    report.at_least(0, seed=args.seed)
     if not all(0 <= depth <= 1 for depth in args.depths):
         given = " ".join(map(str, args.depths))
         raise ValueError(f"--depths {given}: a depth is between 0 (the beginning) and 1 (the end)")
-    models, corpus = opened(args)
-    lengths = lengths_of(args.lengths, TIMES, models, "--lengths")
-    tasks, depths = list(dict.fromkeys(args.task)), list(dict.fromkeys(args.depths))
+    models, corpus = report.opened(args)
     needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
 
-    wanted = []  # aggregation has no depth
+    lengths = report.lengths_of(args.lengths, TIMES, models, "--lengths")
+    tasks = list(dict.fromkeys(args.task))
+    wanted = []
     for task, length in product(tasks, lengths):
-        for depth in depths if task != "aggregation" else [None]:
-            wanted.append((task, length, depth))
-            list(cell_examples(needles, *wanted[-1], args.examples, args.seed))  # all fit
+        depths = [None] if task == "aggregation" else dict.fromkeys(args.depths)
+        wanted += [(task, length, depth, args.examples, args.seed) for depth in depths]
+    for cell in wanted:
+        list(cell_examples(needles, *cell))  # ValueError before anything is measured
 
-    cells = []
-    every = progress(list(product(models.items(), wanted)))
-    for (name, model), cell in every:
-        cells.append(measure(model, needles, name, *cell, args.examples, args.seed))
+    every = report.progress(list(product(models.items(), wanted)))
+    cells = [measure(model, needles, name, *cell) for (name, model), cell in every]
+    shown = sorted(cells, key=lambda cell: (tasks.index(cell.task), cell.length))
     maps = []
     for name, task in product(models, tasks):
-        maps.append(heat_map([c for c in cells if (c.checkpoint, c.task) == (name, task)]))
-    write(cells, args.out, plot, "\n\n".join([*maps, comparison(cells)]))
+        maps.append(heat_map([c for c in shown if (c.checkpoint, c.task) == (name, task)]))
+    report.write(cells, args.out, plot, "\n\n".join([*maps, comparison(shown)]))
 
 
 if __name__ == "__main__":

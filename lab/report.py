@@ -17,66 +17,63 @@ from data.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer
 from recipe import TREATMENT, parsed
 
+# Checkpoints --------------------------------------------------------------------------------------
+
 
 def checkpoint_command(name: str, description: str, out: str) -> CommandLine:
     """A command over checkpoints: their folders, --set, --data, --device and --out."""
     parser = CommandLine(prog=f"python -m lab.{name}", description=description)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="what if positions were treated otherwise: pattern=rrrR rope_theta=2e6 ...",
-    )
-    parser.add_argument("--data", type=Path, help="a corpus (default: the run's own)")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"OUT.csv, OUT.png ({out})")
+    add = parser.add_argument
+    add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
+    what = "positions treated otherwise: pattern=rrrR rope_theta=2e6"
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=what)
+    add("--data", type=Path, help="a corpus (default: the run's own)")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--out", type=Path, default=Path(out), help=f"OUT.csv, OUT.png (default: {out})")
     return parser
 
 
 def opened(args: Namespace) -> tuple[dict[str, Transformer], Corpus]:
-    """The models of a checkpoint command by the name that its tables give them, under --set, and
+    """The models of a checkpoint command under --set, by the name that its tables give them, and
     their corpus. OSError or ValueError where one cannot be measured, or --out not be written."""
     device, _ = choose_device(args.device)
     models, corpus = open_checkpoints(args.checkpoints, args.data, device)
-    changes = what_if(args.set)
     for model in models.values():
-        if changes.get("length_scale") == "ssmax" != model.config.length_scale:
-            raise ValueError("--set length_scale=ssmax: this model has no weights for it")
-        model.config = replace(model.config, **changes)
+        model.config = what_if(model.config, args.set)
     check_out(args.out)
-    return {" ".join([name, *args.set]): model for name, model in models.items()}, corpus
+    return {" ".join([path, *args.set]): model for path, model in models.items()}, corpus
 
 
-def what_if(settings: list[str]) -> dict:
-    """Fields of ModelConfig from words FIELD=VALUE: those that say how positions are treated."""
-    kinds = {f.name: f.type for f in fields(ModelConfig) if f.name in TREATMENT}
+def what_if(config: ModelConfig, settings: list[str]) -> ModelConfig:
+    """The configuration under words FIELD=VALUE that say how positions are treated. ValueError for
+    one that is none, or that asks for weights which the model does not have."""
+    kinds = {f.name: f.type for f in fields(ModelConfig)}
     changes = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
-        if not equals or name not in kinds:
-            near = get_close_matches(name, kinds, n=1, cutoff=0.5)
-            mend = f"did you mean {near[0]}?" if near else f"it takes {', '.join(kinds)}"
-            raise ValueError(f"--set {setting!r} is no FIELD=VALUE that can change; {mend}")
+        if name not in TREATMENT or not equals:
+            near = get_close_matches(name, TREATMENT, n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]}=...?" if near else f"it takes {', '.join(TREATMENT)}"
+            if name in kinds and name not in TREATMENT:
+                mend = f"{name} is part of the trained model"
+            raise ValueError(f"--set {setting} is no FIELD=VALUE that can change: {mend}")
         changes[name] = parsed(kinds[name], value, f"--set {name}")
-    return changes
+    if changes.get("length_scale") == "ssmax" != config.length_scale:
+        raise ValueError("--set length_scale=ssmax: the model was trained without its weights")
+    return replace(config, **changes)
 
 
 def open_checkpoints(
     paths: list[Path], data: Path | None, device: torch.device
 ) -> tuple[dict[str, Transformer], Corpus]:
     """The model in each folder, by path, and the corpus to measure all of them on: `data`, else the
-    runs' own, else the default. OSError or ValueError: a corpus with another tokenizer, or runs
-    with different corpora, included."""
+    runs' own, else the default. OSError or ValueError: runs with different corpora, or a corpus
+    with another tokenizer, included."""
     models = {str(path): Transformer.from_pretrained(path, device) for path in paths}
     corpora = [load_corpus(folder) for folder in {data or corpus_of(path) for path in paths}]
     if len({corpus.hash for corpus in corpora}) > 1:
         folders = ", ".join(sorted(str(corpus.folder) for corpus in corpora))
-        raise ValueError(
-            f"these runs have different corpora ({folders}): say with --data on which to measure "
-            "them"
-        )
+        raise ValueError(f"these runs have different corpora ({folders}): choose one with --data")
     for path in paths:
         if load_tokenizer(path).hash != corpora[0].tokenizer.hash:
             raise ValueError(
@@ -104,11 +101,11 @@ def lengths_of(
     ValueError where a model does not say its own."""
     if given:
         return list(dict.fromkeys(given))
-    for path, model in models.items():
-        if model.config.trained_length is None:
-            raise ValueError(f"{path} does not say its trained length: give {flag}")
-    shortest = min(model.config.trained_length for model in models.values())
-    return [int(factor * shortest) for factor in times]
+    trained = {name: model.config.trained_length for name, model in models.items()}
+    for name, length in trained.items():
+        if length is None:
+            raise ValueError(f"{name} does not say its trained length: give {flag}")
+    return [int(factor * min(trained.values())) for factor in times]
 
 
 def at_least(least: int, **values: int) -> None:
@@ -123,11 +120,19 @@ def progress(items: Iterable, total: int | None = None) -> Iterable:
     return tqdm(items, total=total, leave=False, disable=None)
 
 
+# Files and tables ---------------------------------------------------------------------------------
+
+
 def check_out(out: Path) -> None:
-    """OSError where OUT.csv cannot be written: before anything is measured, not after."""
+    """OSError where OUT.csv cannot be written: before anything is measured, not after. Leaves no
+    file behind."""
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent} is no folder: --out begins with one that exists")
-    open(f"{out}.csv", "a").close()
+    path = Path(f"{out}.csv")
+    is_new = not path.exists()
+    path.open("a").close()
+    if is_new:
+        path.unlink()
 
 
 def write_rows(rows: list, path: Path) -> None:
@@ -145,10 +150,18 @@ def write(rows: list, out: Path, plot: Callable, text: str) -> None:
     print(f"{text}\nwritten to {out}.csv and {out}.png")
 
 
+def distinct(rows: Iterable, field: str) -> list:
+    """The values of a field, each once, in order."""
+    return list(dict.fromkeys(getattr(row, field) for row in rows))
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = (head, ["---"] * len(head), *rows)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# Plots --------------------------------------------------------------------------------------------
 
 
 def figure_of(width: float, height: float, *shape: int, **options):

@@ -5,14 +5,34 @@ python -m lab.table out/laptop-* --title "The laptop recipe" --plot results/lapt
 
 import json
 import shlex
-import statistics
 from pathlib import Path
+from statistics import median
 
 from commandline import CommandLine, guarded
 from lab.curves import read_log
 from lab.report import figure_of, length_axis, markdown
 
 LEARNED = 0.8  # exact match at the trained length; below, a row says nothing about length
+PAGE = """\
+# {title}
+
+Needles found on held-out text with held-out keys and values: exact match of whole answers, and \
+its standard error, over {questions} questions a length. Validation loss on plain text. Printed by \
+`python -m lab.table RUN...` from the runs of these commands:
+NoPE layers begin with queries half like their keys (run.py), RoPE layers do not: speeds of \
+learning differ by that too.
+
+```sh
+{commands}
+```
+
+Corpus {corpus}, Python {python}, torch {torch}, on {device}, {threads} threads; times are of the \
+training steps.
+
+{table}
+
+A row below {learned} at the trained length is "not learned in this time": it says nothing about \
+length."""
 
 
 def read_run(folder: Path) -> dict:
@@ -42,37 +62,21 @@ def command(run: dict) -> str:
 
 def page(runs: list[dict], title: str) -> str:
     """Markdown: how it was measured, then a row a run."""
-    same = lambda key: ", ".join(sorted({str(run[key]) for run in runs}))
     scores = runs[0]["final"]["table"]
     lengths = [score["length"] for score in scores]
-    questions = scores[0]["questions"] if scores else 0
-    lines = [
-        f"# {title}",
-        "",
-        "Needles found on held-out text with held-out keys and values: exact match of whole "
-        f"answers, and its standard error, over {questions} questions a length. Validation loss on "
-        "plain text. Printed by `python -m lab.table RUN...` from the runs of these commands:",
-        "NoPE layers begin with queries half like their keys (run.py), RoPE layers do not: speeds "
-        "of learning differ by that too.",
-        "",
-        "```sh",
-        *[command(run) for run in runs],
-        "```",
-        "",
-        f"Corpus {same('corpus')}, Python {same('python')}, torch {same('torch')}, on "
-        f"{same('device')}, {same('threads')} threads; times are of the training steps.",
-        "",
-        markdown(
-            ["pattern", "seed", "nats per token", "bits per byte"]
-            + [f"{n:,}" for n in lengths]
-            + ["minutes", ""],
-            [row(run, lengths) for run in runs],
-        ),
-        "",
-        f'A row below {LEARNED} at the trained length is "not learned in this time": it says '
-        "nothing about length.",
-    ]
-    return "\n".join(lines)
+    head = ["pattern", "seed", "nats per token", "bits per byte"]
+    head += [*(f"{n:,}" for n in lengths), "minutes", ""]
+    machines = {}
+    for key in ("corpus", "python", "torch", "device", "threads"):
+        machines[key] = ", ".join(sorted({str(run[key]) for run in runs}))
+    return PAGE.format(
+        title=title,
+        questions=scores[0]["questions"] if scores else 0,
+        commands="\n".join(map(command, runs)),
+        table=markdown(head, [row(run, lengths) for run in runs]),
+        learned=LEARNED,
+        **machines,
+    )
 
 
 def row(run: dict, lengths: list[int]) -> list[str]:
@@ -94,14 +98,13 @@ def plot(runs: list[dict], out: Path) -> None:
     patterns: dict[str, list[dict]] = {}
     for run in runs:
         scores = {score["length"]: score["exact"] for score in run["final"]["table"]}
-        patterns.setdefault(name_of(run), []).append(scores)
+        patterns.setdefault(name_of(run).replace("`", ""), []).append(scores)
     for name, seeds in patterns.items():
-        lengths = sorted(set.intersection(*(set(scores) for scores in seeds)))
+        lengths = sorted(set.intersection(*map(set, seeds)))
         values = [[scores[n] for scores in seeds] for n in lengths]
-        medians, label = [statistics.median(v) for v in values], name.replace("`", "")
-        color = axis.plot(lengths, medians, marker="o", label=label)[0].get_color()
-        low, high = [min(v) for v in values], [max(v) for v in values]
-        axis.fill_between(lengths, low, high, color=color, alpha=0.15)
+        (line,) = axis.plot(lengths, list(map(median, values)), marker="o", label=name)
+        low, high = list(map(min, values)), list(map(max, values))
+        axis.fill_between(lengths, low, high, color=line.get_color(), alpha=0.15)
     axis.axvline(trained_length(runs[0]), color="gray", linestyle=":", label="trained length")
     length_axis(axis, lengths)
     axis.set(ylabel="needles found (exact match)", ylim=(-0.03, 1.03))

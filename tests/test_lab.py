@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import shutil
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,17 @@ from attention import visible_pairs
 from data.corpus import load_corpus
 from data.needles import BEGIN, CONTEXT, NEEDLE, QC, TASKS, Line, Needles, held_out
 from data.tokenizer import load_tokenizer
-from lab import cost, curves, long_context, loss_by_position, needles, report, runs, table
+from lab import (
+    attention_mass,
+    cost,
+    curves,
+    long_context,
+    loss_by_position,
+    needles,
+    report,
+    runs,
+    table,
+)
 from model import ModelConfig, Transformer
 
 SIZES = {
@@ -383,10 +394,69 @@ def test_loss_by_position(corpus_folder, checkpoint, tmp_path, capsys):
     )
 
 
+# What-ifs
+
+
+def test_a_setting_measures_what_a_checkpoint_with_it_would(
+    corpus_folder, checkpoint, tmp_path, capsys
+):
+    """--set against a folder whose config.json says the same, and against none; the name in the CSV
+    says which settings were in force."""
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    model = Transformer.from_pretrained(checkpoint)
+    model.config = replace(model.config, pattern="rN", window=5, rope_theta=2e6)
+    model.save_pretrained(other)
+    settings = ["pattern=rN", "window=5", "rope_theta=2e6"]
+    rows = {}
+    for name, argv in {
+        "plain": [str(checkpoint)],
+        "saved": [str(other)],
+        "set": [str(checkpoint), "--set", *settings],
+        "twice": [str(checkpoint), "--set", *settings[:1], "--set", *settings[1:]],
+    }.items():
+        argv += ["--data", str(corpus_folder), "--contexts", "256", "--windows", "2"]
+        loss_by_position.main([*argv, "--out", str(tmp_path / name)])
+        (rows[name],) = (tmp_path / f"{name}.csv").read_text().splitlines()[1:]
+    assert rows["set"] == rows["twice"]
+    name, numbers = rows["set"].split(",", 1)
+    assert name == f"{checkpoint} pattern=rN window=5 rope_theta=2e6"
+    assert rows["saved"] == f"{other},{numbers}"
+    assert rows["plain"].split(",", 1)[1] != numbers
+
+
+@pytest.mark.parametrize(
+    "setting,words",
+    [
+        ("patern=rrrR", "patern=rrrR .*did you mean pattern="),
+        ("pattern", "did you mean pattern="),
+        ("colour=red", "it takes pattern, window, "),
+        ("qk_norm=true", "qk_norm is part of the trained model"),
+        ("n_layer=8", "n_layer is part of the trained model"),
+        ("length_scale=ssmax", "without its weights"),
+        ("rope_theta=much", "rope_theta 'much' is no float"),
+        ("window=2.5", "window '2.5' is no int"),
+        ("window=0", "window 0 is below 1"),
+        ("pattern=rrrX", "unknown letter 'X'"),
+    ],
+)
+def test_what_cannot_be_set(setting, words):
+    with pytest.raises(ValueError, match=words):
+        report.what_if(ModelConfig(), [setting])
+
+
+def test_a_model_that_has_the_weights_may_use_them():
+    config = ModelConfig(length_scale="ssmax", trained_length=64)
+    assert report.what_if(config, ["length_scale=ssmax"]) == config
+    assert report.what_if(config, ["length_scale=none"]).length_scale == "none"
+
+
 @pytest.mark.parametrize(
     "main,argv,word",
     [
         (needles.main, ["nowhere"], "nowhere"),
+        (needles.main, ["CHECKPOINT", "--set", "patern=R"], "did you mean pattern"),
+        (loss_by_position.main, ["CHECKPOINT", "--set", "qk_norm=true"], "qk_norm"),
+        (attention_mass.main, ["CHECKPOINT", "--set", "length_scale=ssmax"], "ssmax"),
         (needles.main, ["CHECKPOINT", "--depths", "2"], "--depths 2"),
         (needles.main, ["CHECKPOINT", "--task", "double"], "'double'"),
         (needles.main, ["CHECKPOINT", "--lengths", "20"], "20"),
@@ -403,12 +473,17 @@ def test_loss_by_position(corpus_folder, checkpoint, tmp_path, capsys):
         (loss_by_position.main, ["CHECKPOINT", "--windows", "100000"], "100000"),
     ],
 )
-def test_errors_about_checkpoints(main, argv, word, corpus_folder, checkpoint, capsys):
+def test_errors_about_checkpoints(
+    main, argv, word, corpus_folder, checkpoint, capsys, tmp_path, monkeypatch
+):
+    """One line, and no file left behind."""
+    monkeypatch.chdir(tmp_path)
     argv = [str(checkpoint) if arg == "CHECKPOINT" else arg for arg in argv]
     with pytest.raises(SystemExit) as stop:
         main([*argv, *([] if "--data" in argv else ["--data", str(corpus_folder)])])
     error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(error) == 1 and word in error[0]
+    assert not list(tmp_path.iterdir())
 
 
 # Records and the long-context experiment
