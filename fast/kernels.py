@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 if TYPE_CHECKING:  # importing it brings the whole compiler along
     from torch.nn.attention.flex_attention import BlockMask
@@ -140,7 +141,7 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, visible: Visible) -> Te
 # FlexAttention
 
 
-@torch.compiler.disable  # made outside of compiled code, so that nothing recompiles
+@_disable_dynamo  # made outside of compiled code; torch.compiler.disable imports the compiler
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # evaluation may ask first, and training must save it for backward
 def flex_mask(
