@@ -31,8 +31,7 @@ MIMETIC = ("none", "nope", "all")  # layers whose queries begin half like their 
 OVERRIDES = ("pattern", "window", "rope_theta", "rope_scaling", "rope_factor")
 OVERRIDES += ("rope_original_length", "length_scale", "length_base")
 HELD = ("needle_share", "answer_weight", "lr", "warmup")  # of Recipe, which a phase may set anew
-# How positions are treated; every other field of ModelConfig is the model's shape.
-TREATMENT = (*OVERRIDES, "trained_length")
+TREATMENT = (*OVERRIDES, "trained_length")  # other fields of ModelConfig are the model's shape
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,6 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Of all phases."""
         return self.stretch * sum(phase.steps for phase in self.phase)
 
     def stages(self) -> list["Stage"]:
@@ -171,8 +169,7 @@ def given(phase: Phase, names: tuple[str, ...]) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-# ------------------------------------------------------------------------------------------------
-# What is refused
+# What is refused ----------------------------------------------------------------------------------
 
 
 def check_numbers(thing: Recipe | Phase, where: str) -> None:
@@ -195,8 +192,7 @@ def check_numbers(thing: Recipe | Phase, where: str) -> None:
 def check_phase(recipe: Recipe, phase: Phase, where: str) -> None:
     """ValueError for a phase that cannot be trained."""
     check_numbers(phase, where)
-    example = "give context lengths and their shares, such as { 512 = 1 }"
-    require(phase.lengths, f"{where}lengths is empty: {example}")
+    require(phase.lengths, f"{where}lengths is empty: give some, such as {{ 512 = 1 }}")
     for length, share in phase.lengths.items():
         text = f"{where}lengths {{ {length} = {share} }}"
         require(length >= 2 and share >= 1, f"{text}: a length of 2 or more, a share of 1 or more")
@@ -208,8 +204,7 @@ def check_phase(recipe: Recipe, phase: Phase, where: str) -> None:
     require(owned, f"{where}length_scale 'ssmax' {mend}")
 
 
-# ------------------------------------------------------------------------------------------------
-# Reading
+# Reading ------------------------------------------------------------------------------------------
 
 
 def read_toml(path: Path) -> dict:
@@ -243,11 +238,8 @@ def build(
     phase = tuple(read_phase(each, f"{name}: phase {i}: ") for i, each in enumerate(phases, 1))
     for flag in flags:
         setting = [i for i, each in enumerate(phase, 1) if getattr(each, flag, None) is not None]
-        if setting:
-            raise ValueError(
-                f"--{flag.replace('_', '-')} would be overruled by phase {setting[0]} of {name}, "
-                f"which sets {flag}: edit the recipe"
-            )
+        ruled = f"--{flag.replace('_', '-')} would be overruled by phase {min(setting, default=0)}"
+        require(not setting, f"{ruled} of {name}, which sets {flag}: edit the recipe")
     of_model = {f.name for f in fields(ModelConfig)}
     given = {key: value for key, value in flags.items() if key in of_model}
     rest |= {key: value for key, value in flags.items() if key not in of_model}
@@ -261,12 +253,12 @@ def build(
 def read_phase(table: dict, where: str) -> Phase:
     """A phase from its table in a file."""
     values, lengths = typed_fields(Phase, table, where), {}
-    if not isinstance(values["lengths"], dict):
-        example = "must be a table such as { 512 = 3, 2048 = 1 }"
-        raise ValueError(f"{where}lengths = {values['lengths']!r} {example}")
-    for key, share in values["lengths"].items():
-        if not (str(key).isascii() and str(key).isdecimal() and len(str(key)) < 19):
-            raise ValueError(f"{where}lengths: {key!r} is no context length, such as 512")
+    example = "must be a table such as { 512 = 3, 2048 = 1 }"
+    given = values["lengths"]
+    require(isinstance(given, dict), f"{where}lengths = {given!r} {example}")
+    for key, share in given.items():
+        number = str(key).isascii() and str(key).isdecimal() and len(str(key)) < 19
+        require(number, f"{where}lengths: {key!r} is no context length, such as 512")
         require(int(key) not in lengths, f"{where}lengths has {int(key)} twice: give it once")
         lengths[int(key)] = typed(int, share, f"{where}lengths.{key}")
     return Phase(**values | {"lengths": lengths})
@@ -275,18 +267,15 @@ def read_phase(table: dict, where: str) -> Phase:
 def check_base(model: dict, given: dict, base: ModelConfig, name: str) -> None:
     """ValueError where a file or a flag asks a checkpoint to be another model."""
     for key, value in (model | given).items():
-        had = getattr(base, key) if key != "head_dim" else base.head_width
-        if key in TREATMENT:
-            newly = key == "window" and had is None
-            differs = key not in given and value != had and not newly
+        had, where = getattr(base, key), "the flags" if key in given else name
+        if key in TREATMENT:  # a flag may change it, a file may say it again or give a first window
+            allowed = key in given or value == had or (key == "window" and had is None)
             mend = f"give --{key.replace('_', '-')} to say which"
         else:
-            differs, mend = value not in (None, had), "a checkpoint's shape cannot change"
-        if differs:
-            where = "the flags" if key in given else name
-            raise ValueError(
-                f"{key} is {value!r} in {where} and {had!r} in the --init checkpoint: {mend}"
-            )
+            had = base.head_width if key == "head_dim" else had
+            allowed, mend = value in (None, had), "a checkpoint's shape cannot change"
+        both = f"{key} is {value!r} in {where} and {had!r} in the --init checkpoint"
+        require(allowed, f"{both}: {mend}")
 
 
 def run_name(recipe: Recipe, name: str) -> str:
@@ -323,15 +312,13 @@ def command_line(description: str | None) -> CommandLine:
     add("--device", "cuda, cpu or mps (default: cuda where there is one, else cpu)")
     add("--backend", "the windowed layers' kernel (default: auto)", choices=BACKENDS)
     add("--compile", "torch.compile (default: on CUDA)", action=switch)
-    for cls, left_out in ((Recipe, ("model", "phase")), (ModelConfig, ("vocab_size",))):
-        for f in fields(cls):
-            if f.name in (*left_out, "trained_length"):
-                continue
-            kind = next(k for k in (typing.get_args(f.type) or (f.type,)) if k is not type(None))
-            reads = partial(flag_value, f.type)
-            how = {"type": reads, "metavar": kind.__name__.upper()}
-            how = {"action": switch} if kind is bool else how
-            add("--" + f.name.replace("_", "-"), f"{cls.__name__}.{f.name}: {f.default}", **how)
+    for f in (*fields(Recipe), *fields(ModelConfig)):
+        if f.name in ("model", "phase", "vocab_size", "trained_length"):
+            continue  # tables, and what the corpus and the training decide
+        kind = next(k for k in (typing.get_args(f.type) or (f.type,)) if k is not type(None))
+        how = {"type": partial(flag_value, f.type), "metavar": kind.__name__.upper()}
+        how = {"action": switch} if kind is bool else how
+        add("--" + f.name.replace("_", "-"), f"default: {f.default}", **how)
     return parser
 
 

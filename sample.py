@@ -54,7 +54,7 @@ def read_prompt(args: Namespace) -> str:
         where, raw = "--prompt", args.prompt.encode(errors="surrogateescape")
     elif args.file is not None:
         where, raw = args.file, args.file.read_bytes()
-    elif not sys.stdin.isatty():
+    elif sys.stdin is not None and not sys.stdin.isatty():
         where, raw = "standard input", sys.stdin.buffer.read()
     else:
         raise ValueError("no prompt: give --prompt TEXT, --file FILE, or text on standard input")
@@ -92,8 +92,8 @@ def sample(model, tokenizer, prompt: torch.Tensor, text: str, count: int, settin
     then a line of what it took."""
     cache, eot = model.new_cache(len(prompt), prompt.shape[1] + count), tokenizer.eot_token
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half a character
-    started, times, rows = time.perf_counter(), [], []
     print(text, end="", flush=True)
+    started, times, rows = time.perf_counter(), [], []
     for token in stream(model, prompt, count, stop=eot, cache=cache, **settings):
         times.append(time.perf_counter())
         rows.append(token.tolist())
