@@ -4,14 +4,14 @@
     logits = prefill(model, tokens, cache)                         reads a prompt, by chunks
     fill(model, tokens, cache)                                     the same, without logits
 
-Decoding one token is bound by reading the weights and by the number of calls. So a block's matrices
-that read the same input are joined into one, and so are those that write to the residual stream:
-two products instead of seven.
+Decoding is bound by reading the weights and by the number of calls. So a block's matrices that read
+the same are joined, and those that write to the residual stream: two products instead of seven.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache as once
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,7 @@ def fill(model: Transformer, tokens: Tensor, cache: KVCache) -> None:
 
 
 def read(model: Transformer, chunk: Tensor, cache: KVCache) -> None:
-    """One chunk (b t). Nothing comes after the last layer to read its output, so that its keys and
-    values are enough."""
+    """One chunk (b t). Nobody reads the last layer's output: its keys and values are enough."""
     *blocks, last = model.layers
     if not is_plain(last):
         model.hidden(chunk, cache)
@@ -77,23 +76,18 @@ def stream(
     cache: KVCache | None = None,
     compiled: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield the next token (b) of every row of tokens (b t), up to max_new_tokens times.
-
-    Settings and errors as in Transformer.generate. tokens continue what a given `cache` holds.
-    `compiled`: compile the step (on CUDA into a graph): seconds or minutes once, then less a token.
-    """
+    """Yield the next token (b) of every row of tokens (b t), which continue what a given `cache`
+    holds. Settings and errors as in Transformer.generate; `compiled`: compile the step, on CUDA
+    into a graph, which takes seconds or minutes once."""
     check_settings(model.config, tokens, max_new_tokens, temperature, top_k, top_p)
     if cache is None:
         cache = model.new_cache(len(tokens), tokens.shape[1] + max_new_tokens)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     step = token = None
     for _ in range(max_new_tokens):
-        if step is None:
-            logits = prefill(model, tokens, cache)
-            make = compiled_step if compiled else eager_step
-            step = make(model, cache, max_new_tokens - 1)
-        else:
-            logits = step(token)
+        logits = step(token) if step else prefill(model, tokens, cache)
+        make = compiled_step if compiled else eager_step
+        step = step or make(model, cache, max_new_tokens - 1)
         token = draw(logits, temperature, top_k, top_p, generator)
         if stop is not None:
             token = torch.where(ended, stop, token)
@@ -105,20 +99,19 @@ def stream(
 
 # The decode step ----------------------------------------------------------------------------------
 
-Step = Callable[[Tensor], Tensor]  # token (b) -> logits (b v) after it
 
-
-def eager_step(model: Transformer, cache: KVCache, count: int) -> Step:
-    """For up to `count` tokens: their rotary table and the joined matrices are made once."""
+def eager_step(model: Transformer, cache: KVCache, count: int) -> Callable[[Tensor], Tensor]:
+    """token (b) -> logits (b v) after it, for `count` tokens, whose rotary table is made once."""
     start, device = cache.length, cache.k[0].device
     table = model.rotary_table(torch.arange(start, start + count, device=device))
-    blocks = [Joined(block) if count and joins(block) else block for block in model.layers]
+    blocks = [joined(block) if count else block for block in model.layers]
+    layers = list(enumerate(zip(blocks, model.plan)))
 
     def step(token: Tensor) -> Tensor:
         at = cache.length - start
         shared = model.share(1, device, cache, table=table[at : at + 1])
         x = model.embed_tokens(token[:, None])
-        for i, (block, spec) in enumerate(zip(blocks, model.plan)):
+        for i, (block, spec) in layers:
             x = block(x, spec, shared, i)
         return model.unembed(model.norm(x))[:, 0]
 
@@ -126,68 +119,79 @@ def eager_step(model: Transformer, cache: KVCache, count: int) -> Step:
 
 
 class Joined:
-    """A block in two products: x + [heads(q, k, v), silu(gate) * up] W, with [q, k, v, gate, up]
-    one product as well. Of copies, made for each stream: the parameters stay what they are."""
+    """A block in two products, of copies: [q, k, v, gate, up] = LN(x) R and x + [heads, mlp] W."""
 
     def __init__(self, block: Block):
-        attn, mlp = block.self_attn, block.mlp
-        readers = [attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj]
-        self.block = block
+        self.norm, self.attn, mlp = block.input_layernorm, block.self_attn, block.mlp
+        readers = [self.attn.q_proj, self.attn.k_proj, self.attn.v_proj]
+        readers += [mlp.gate_proj, mlp.up_proj]
         self.widths = [m.out_features for m in readers]
         # Transposed, since a row times (c n) is faster than (n c) times a column by a half.
         self.read = torch.cat([m.weight.t() for m in readers], dim=1)
-        self.write = torch.cat([m.weight.t() for m in (attn.o_proj, mlp.down_proj)], dim=0)
+        self.write = torch.cat([m.weight.t() for m in (self.attn.o_proj, mlp.down_proj)], dim=0)
 
     def __call__(self, x: Tensor, spec: LayerSpec, shared: Shared, layer: int) -> Tensor:
         """x (b 1 c) -> (b 1 c), as Block.forward."""
-        h = self.block.input_layernorm(x)
-        q, k, v, gate, up = (h @ self.read).split_with_sizes(self.widths, dim=-1)
-        heads = self.block.self_attn.heads(q, k, v, spec, shared, layer)
+        q, k, v, gate, up = (self.norm(x) @ self.read).split_with_sizes(self.widths, dim=-1)
+        heads = self.attn.heads(q, k, v, spec, shared, layer)
         return x + torch.cat((heads, F.silu(gate) * up), dim=-1) @ self.write
 
 
-def joins(block: nn.Module) -> bool:
-    """Can its matrices be joined, and does it pay?"""
-    return is_plain(block) and sum(p.numel() for p in block.parameters()) <= JOINED_AT_MOST
+JOINED: WeakKeyDictionary[Block, tuple[list, Joined]] = WeakKeyDictionary()
+
+
+def joined(block: Block) -> Block | Joined:
+    """The block in two products where it can be and pays, kept while its parameters stand still."""
+    if not is_plain(block) or sum(p.numel() for p in block.parameters()) > JOINED_AT_MOST:
+        return block
+    mark = fingerprint(block)
+    if block not in JOINED or JOINED[block][0] != mark:
+        JOINED[block] = mark, Joined(block)
+    return JOINED[block][1]
+
+
+def fingerprint(block: Block) -> list:
+    """What differs when any matrix does: versions, and r W c for fixed vectors r and c, since what
+    is changed through `.data` keeps its version."""
+    marks: list = [id(block.self_attn), id(block.input_layernorm)]
+    for p in (p for p in block.parameters() if p.ndim == 2):
+        r, c = (torch.arange(1, n + 1, device=p.device).cos().to(p.dtype) for n in p.shape)
+        marks += [p.data_ptr(), 0 if p.is_inference() else p._version, (r @ (p @ c)).item()]
+    return marks
 
 
 def is_plain(block: nn.Module) -> bool:
-    """Is the block ours to the letter? One that somebody has wrapped, subclassed, quantized or
-    hooked is called as it is."""
-    if type(block) is not Block or type(block.self_attn) is not Attention:
+    """Is the block ours to the letter? A wrapped, subclassed, quantized or hooked one is called."""
+    parts = (block, getattr(block, "self_attn", None), getattr(block, "mlp", None))
+    if [type(part) for part in parts] != [Block, Attention, MLP]:
         return False
-    if type(block.mlp) is not MLP or torch_module._has_any_global_hook():
+    if torch_module._has_any_global_hook():
         return False
     for name, part in block.named_modules():
-        if name.endswith("_proj") and not (
-            type(part) is nn.Linear and part.bias is None and type(part.weight) is nn.Parameter
-        ):
+        plain = type(part) is nn.Linear and type(part.weight) is nn.Parameter
+        if name.endswith("_proj") and (not plain or part.bias is not None):
             return False
-        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
-        if any(hooks) or part._backward_pre_hooks or "forward" in vars(part):
+        hooks = [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks]
+        if any([*hooks, part._backward_pre_hooks, "forward" in vars(part)]):
             return False
     return True
 
 
-def compiled_step(model: Transformer, cache: KVCache, count: int) -> Step:
-    """At shapes that never change. A CUDA graph writes its output over at the next step: a copy."""
+def compiled_step(model: Transformer, cache: KVCache, count: int) -> Callable[[Tensor], Tensor]:
+    """The same at shapes that never change."""
     if cache.clock is None:
         cache.fix_shapes()
     run = compiled_logits(graphs=cache.k[0].is_cuda)
 
     def step(token: Tensor) -> Tensor:
         cache.reserve(1)
-        return run(model, token, cache).clone()
+        return run(model, token, cache).clone()  # a CUDA graph writes over its output
 
     return step
 
 
 @once
 def compiled_logits(graphs: bool) -> Callable[[Transformer, Tensor, KVCache], Tensor]:
-    mode = {"mode": "reduce-overhead"} if graphs else {}
-    return torch.compile(logits_after, fullgraph=True, dynamic=False, **mode)
-
-
-def logits_after(model: Transformer, token: Tensor, cache: KVCache) -> Tensor:
-    """Logits (b v) after one more token (b)."""
-    return model(token[:, None], cache)[:, 0]
+    mode = "reduce-overhead" if graphs else None
+    logits = lambda model, token, cache: model(token[:, None], cache)[:, 0]
+    return torch.compile(logits, fullgraph=True, dynamic=False, mode=mode)

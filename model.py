@@ -157,8 +157,8 @@ class Transformer(nn.Module):
     def share(self, t: int, device, cache: KVCache | None, weights=None, table=None) -> Shared:
         """What the layers of a forward over the next t tokens share; a cache counts them. `table`
         is their rotary table, where it has been made before."""
-        c, backend = self.config, self.backend
-        assert cache is None or cache.plan == self.plan, "a cache of another pattern or window"
+        c, plan, backend = self.config, self.plan, self.backend
+        assert cache is None or cache.plan == plan, "a cache of another pattern or window"
         whole = cache is None or cache.is_empty  # a sequence from its beginning
         q_pos = torch.arange(t, device=device) if cache is None else cache.advance(t)
 
@@ -177,7 +177,7 @@ class Transformer(nn.Module):
 
         table = self.rotary_table(q_pos) if table is None else table
         scale = attention.length_scale(c.length_scale, q_pos, c.length_base or c.trained_length)
-        kernels = {window: kernel(window) for window in {spec.window for spec in self.plan}}
+        kernels = {window: kernel(window) for window in {spec.window for spec in plan}}
         return Shared(table, scale, kernels, cache)
 
     def rotary_table(self, positions: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ class KVCache:
         that their queries meet (b k s d), at the positions `key_positions`."""
         rows, t = self.rows[layer], k.shape[2]
         k_held, v_held, slots = self.k[layer], self.v[layer], self.slots[rows]
-        k, v = k.to(k_held.dtype), v.to(k_held.dtype)
+        if k.dtype != k_held.dtype:
+            k, v = k.to(k_held.dtype), v.to(k_held.dtype)
         if self.overflows(rows, t):
             held = min(self.length - t, rows)
             k_met = torch.cat((k_held[:, :, :held], k), dim=2)

@@ -491,6 +491,7 @@ def test_the_compiled_step_compiles_once():
 
 def test_the_compiled_step_knows_the_end(monkeypatch):
     model = tiny("rN")
-    monkeypatch.setattr(engine, "compiled_logits", lambda graphs: engine.logits_after)
+    not_compiled = lambda model, token, cache: model(token[:, None], cache)[:, 0]
+    monkeypatch.setattr(engine, "compiled_logits", lambda graphs: not_compiled)
     with pytest.raises(ValueError, match="larger max_length"):
         list(stream(model, text(1, 3), 8, cache=model.new_cache(1, 4), compiled=True))

@@ -1,5 +1,6 @@
 """engine.py: what others have done to a model acts on every token, and nothing is done to it."""
 
+import gc
 import threading
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parameters_to_vector, prune
 
-from engine import Joined, fill, joins, prefill, stream
+from engine import JOINED, Joined, fill, joined, prefill, stream
 from model import ModelConfig, Transformer
 
 V = 23
@@ -159,6 +160,8 @@ CHANGED = {
     "behind autograd's back": lambda p: p.data.mul_(1.5),
     "a row": lambda p: p.data[3].mul_(5),
     "other storage": lambda p: setattr(p, "data", p.data * 1.5),
+    "columns in another order": lambda p: p.data.copy_(p.data.flip(1)),
+    "rows in another order": lambda p: p.data.copy_(p.data.flip(0)),
 }
 
 
@@ -176,12 +179,24 @@ def test_the_text_follows_the_parameters(change):
 
 def test_a_joined_block_is_the_block():
     model, tokens = tiny(), text(3, 1)
-    assert all(joins(block) for block in model.layers)
+    assert all(type(joined(block)) is Joined for block in model.layers)
     x = model.embed_tokens(tokens)
     shared = model.share(1, tokens.device, None)
     for i, (block, spec) in enumerate(zip(model.layers, model.plan)):
         expected = block(x, spec, shared, i)
         torch.testing.assert_close(Joined(block)(x, spec, shared, i), expected, rtol=0, atol=1e-13)
+
+
+def test_joined_matrices_are_kept_and_go_with_their_model():
+    model, tokens = tiny(), text()
+    written(model, tokens)
+    kept = [JOINED[block][1] for block in model.layers]
+    written(model, tokens)
+    assert all(JOINED[block][1] is before for block, before in zip(model.layers, kept))
+    count = len(JOINED)
+    del model, kept
+    gc.collect()
+    assert len(JOINED) == count - 4
 
 
 def test_threads_that_share_a_model():
