@@ -7,13 +7,16 @@ cannot say (a window without RoPE, qk_norm, ...) is saved under a model_type of 
 transformers refuses it rather than run something else. Nothing is ever unpickled.
 
 Here a model is plain data: a dict of ModelConfig's fields, and a state dict. This file imports
-nothing of ours.
+nothing of ours. In order: config.json; values from outside, typed; weights; whole files.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
+import reprlib
 import shutil
 import types
 import typing
@@ -26,12 +29,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-ENDLESS = (
-    2**30
-    # Cohere2 rotates only layers that have a window; this one no sequence reaches, and it fits an
-    # int32 kernel
-)
 OURS = "ropenope"  # the model_type of what Cohere2 cannot express
+ENDLESS = 2**30  # the window of Cohere2's rotated layers that see all: no sequence reaches it
+MOST_LAYERS = 1024  # what has more is no model but a mistake
 
 # our field: Cohere2's key, its type, what transformers takes when the key is absent
 KEYS = {
@@ -57,82 +57,73 @@ IMPLEMENTED = {
     "order_of_interleaved_layers": "local_attn_first",
     "partial_rotary_factor": 1,
     "position_embedding_type": "rope_gptj",  # adjacent pairs
+    "quantization_config": None,
     "rotary_pct": 1,
     "use_gated_activation": True,
     "use_parallel_block": True,
     "use_qk_norm": False,
 }
-YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # the paper's constants, which are ours
+# The paper's constants of YaRN, which are ours.
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None}
 ROPE_TYPES = {"none": "default", "pi": "linear", "yarn": "yarn"}
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-# ------------------------------------------------------------------------------------------------
-# ModelConfig's fields <-> config.json
-
-
-def to_cohere2(config: dict, dtype: str) -> dict | None:
-    """Cohere2's config.json for ModelConfig's fields, or None where Cohere2 cannot express the
-    model."""
-    letters = config["pattern"]
-    if (
-        "n" in letters
-        or {"r", "R"} <= set(letters)
-        or config["qk_norm"]
-        or config["length_scale"] != "none"
-    ):
-        return None
-    layers = letters * (config["n_layer"] // len(letters))
-    theta, scaling, factor = (
-        float(config["rope_theta"]),
-        config["rope_scaling"],
-        float(config["rope_factor"]),
-    )
-    d = config["head_dim"] or config["d_model"] // config["n_head"]
-    # is a theta (Hugging Face's name for it, "dynamic", changes with the length)
-    if scaling == "ntk":
-        theta, scaling = theta * factor ** (d / (d - 2)), "none"
-    rope = {"rope_type": ROPE_TYPES[scaling]}
-    longest = config["trained_length"] or 8192
-    if scaling != "none":
-        rope["factor"] = factor
-    if scaling == "yarn":
-        original = config["rope_original_length"]
-        rope["original_max_position_embeddings"] = original
-        longest = round(original * factor)  # some of 4.x divide these two to have the factor
-    # our end of text; Cohere2's defaults would lie outside our vocabulary
-    last = config["vocab_size"] - 1
-    return {
-        "architectures": ["Cohere2ForCausalLM"],
-        "model_type": "cohere2",
-        "dtype": dtype,
-        **{
-            key: kind(config[ours]) if config[ours] is not None else None
-            for ours, (key, kind, _) in KEYS.items()
-        },
-        "head_dim": d,
-        "layer_types": [
-            "sliding_attention" if letter in "rR" else "full_attention" for letter in layers
-        ],
-        "sliding_window": ENDLESS
-        if "R" in letters
-        else config["window"] or ENDLESS,  # transformers wants one even for N
-        "rope_parameters": {"rope_theta": theta, **rope},  # transformers 5.x
-        "rope_theta": theta,  # 4.x, with rope_scaling
-        "rope_scaling": None if scaling == "none" else rope,
-        "max_position_embeddings": longest,
-        "bos_token_id": last,
-        "eos_token_id": last,
-        "pad_token_id": last,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_cache": True,
-    }
+# ModelConfig's fields -> config.json -------------------------------------------------------------
 
 
 def to_json(config: dict, dtype: str = "float32") -> dict:
     """What config.json says of ModelConfig's fields."""
     return to_cohere2(config, dtype) or {"model_type": OURS, **config}
+
+
+def to_cohere2(config: dict, dtype: str) -> dict | None:
+    """Cohere2's config.json for ModelConfig's fields, or None where it cannot express the model."""
+    pattern = config["pattern"]
+    unlike = "n" in pattern or {"r", "R"} <= set(pattern)
+    if unlike or config["qk_norm"] or config["length_scale"] != "none":
+        return None
+
+    content = {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2", "dtype": dtype}
+    for ours, (theirs, kind, _) in KEYS.items():
+        content[theirs] = None if config[ours] is None else kind(config[ours])
+    content["head_dim"] = config["head_dim"] or config["d_model"] // config["n_head"]
+
+    # A pattern of N alone has no window, but transformers wants one.
+    letters = pattern * (config["n_layer"] // len(pattern))
+    content["layer_types"] = [SLIDING if letter in "rR" else FULL for letter in letters]
+    content["sliding_window"] = ENDLESS if "R" in pattern else config["window"] or ENDLESS
+    content |= _to_rope(config, content["head_dim"])
+
+    # Our end of text: Cohere2's defaults would lie outside our vocabulary.
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    content |= dict.fromkeys(special, config["vocab_size"] - 1)
+    content |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
+    return content | {"use_cache": True}
+
+
+def _to_rope(config: dict, d: int) -> dict:
+    """The keys that say how queries and keys of `d` dimensions are rotated."""
+    theta, scaling = float(config["rope_theta"]), config["rope_scaling"]
+    factor, longest = float(config["rope_factor"]), config["trained_length"] or 8192
+    if scaling == "ntk":  # is a theta; Hugging Face's "dynamic" changes with the length
+        theta, scaling = theta * factor ** (d / (d - 2)), "none"
+    rope = {"rope_type": ROPE_TYPES[scaling]}
+    if scaling != "none":
+        rope["factor"] = factor
+    if scaling == "yarn":
+        rope["original_max_position_embeddings"] = config["rope_original_length"]
+        # Some of 4.x divide these two to have the factor.
+        longest = round(config["rope_original_length"] * factor)
+    return {
+        "rope_parameters": {"rope_theta": theta, **rope},  # transformers 5.x
+        "rope_theta": theta,  # 4.x, with rope_scaling
+        "rope_scaling": None if scaling == "none" else rope,
+        "max_position_embeddings": longest,
+    }
+
+
+# config.json -> ModelConfig's fields -------------------------------------------------------------
 
 
 def load_config(path: str | Path) -> dict:
@@ -144,9 +135,8 @@ def load_config(path: str | Path) -> dict:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} not found: give a checkpoint's folder; `python train.py` makes one"
-        )
+        mend = "give a checkpoint's folder; `python train.py` makes one"
+        raise FileNotFoundError(f"{file} not found: {mend}")
     raw = read_json(file)
     if raw.get("model_type") == OURS:
         return {key: value for key, value in raw.items() if key != "model_type"}
@@ -156,61 +146,77 @@ def load_config(path: str | Path) -> dict:
         raise ValueError(f"{file}: {error}") from error
 
 
+def read_config(path: str | Path, cls):
+    """A `cls` (ModelConfig) from the config.json in folder `path`, of either kind. OSError and
+    ValueError as `load_config`, and where the values make no model."""
+    fields = load_config(path)
+    try:
+        return cls(**typed_fields(cls, fields, ""))
+    except ValueError as error:
+        raise ValueError(f"{Path(path) / 'config.json'} makes no model: {error}") from error
+
+
+def verify_config(path: Path, config: dict, source: str | Path) -> None:
+    """ValueError where config.json in folder `path` is not that of ModelConfig's fields `config`,
+    which come from `source`."""
+    file = path / "config.json"
+    found = read_json(file)
+    for key, value in to_json(config).items():
+        if found.get(key) != value:
+            values = f"{shown(value)} in the one and {shown(found.get(key))} in the other"
+            raise ValueError(f"{source} and {file} disagree: {key} is {values}")
+
+
 def _from_cohere2(raw: dict) -> dict:
-    if raw.get("model_type") != "cohere2":
-        raise ValueError(
-            f"model_type {raw.get('model_type')!r} is not implemented: it reads 'cohere2' and "
-            f"{OURS!r}"
-        )
+    """ModelConfig's fields. ValueError for a value of another type, or what is not implemented."""
+    kind = raw.get("model_type")
+    if kind != "cohere2":
+        known = f"it reads 'cohere2' and {OURS!r}"
+        raise ValueError(f"model_type {shown(kind)} is not implemented: {known}")
     _only_implemented(raw, IMPLEMENTED)
-    if raw.get("quantization_config") is not None:
-        raise ValueError(
-            f"quantization_config {raw['quantization_config']!r} is not implemented: give bf16 or "
-            "float32 weights"
-        )
     config = {ours: _typed(raw, *theirs) for ours, theirs in KEYS.items()}
-    n = config["n_layer"]
     config["n_kv_head"] = config["n_kv_head"] or config["n_head"]
     if (config["head_dim"] or 0) * config["n_head"] == config["d_model"]:
         config["head_dim"] = None  # it is d_model / n_head
 
-    def local_first(
-        key: str, default: int | None = None
-    ) -> list[str]:  # one full layer at the end of every `period`
-        period = _typed(raw, key, int, default)
-        if period < 1:
-            raise ValueError(f"{key} {period} is below 1")
-        return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n)]
+    # The window, and whether a rotated layer has it.
+    layers, n = _layer_types(raw, config["n_layer"]), config["n_layer"]
+    window, rotated = typed(int | None, raw.get("sliding_window", 4096), "sliding_window"), "r"
+    if window is None and SLIDING in layers:
+        contradicts = "contradicts layer_types, which has sliding_attention: give the window"
+        raise ValueError(f"sliding_window None {contradicts}")
+    if window is None or window >= ENDLESS:
+        window, rotated = None, "R"
+    config["window"] = window
 
-    types = raw.get("layer_types") or local_first("sliding_window_pattern", 4)
-    if (
-        not isinstance(types, list)
-        or len(types) != n
-        or not set(types) <= {"sliding_attention", "full_attention"}
-    ):
-        raise ValueError(
-            f"layer_types {types!r} does not name sliding_attention or full_attention for each of "
-            f"{n} layers"
-        )
-    if raw.get("layer_switch") is not None and local_first("layer_switch") != types:
-        raise ValueError(
-            f"layer_switch {raw['layer_switch']!r} contradicts layer_types (or "
-            "sliding_window_pattern): correct one"
-        )
-    window = raw.get("sliding_window", 4096)
-    if window is None and "sliding_attention" in types:
-        raise ValueError(
-            "sliding_window None contradicts layer_types, which has sliding_attention: give the "
-            "window"
-        )
-    config["window"] = (
-        None if window is None or _typed(raw, "sliding_window", int, 4096) >= ENDLESS else window
-    )
-    rotated = "R" if config["window"] is None else "r"
-    letters = "".join(rotated if kind == "sliding_attention" else "N" for kind in types)
+    # The shortest pattern that tiles the layers.
+    letters = "".join(rotated if kind == SLIDING else "N" for kind in layers)
     periods = (letters[:p] for p in range(1, n) if letters[:p] * (n // p) == letters)
     config["pattern"] = next(periods, letters)
     return config | _from_rope(raw)
+
+
+def _layer_types(raw: dict, n: int) -> list[str]:
+    """SLIDING or FULL for each of n layers."""
+    if n > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers {n} is above {MOST_LAYERS}")
+
+    def local_first(key: str, default: int | None = None) -> list[str]:
+        """One full layer at the end of every `period`."""
+        period = _typed(raw, key, int, default)
+        if period < 1:
+            raise ValueError(f"{key} {period} is below 1")
+        return [SLIDING if (i + 1) % period else FULL for i in range(n)]
+
+    kinds = raw.get("layer_types") or local_first("sliding_window_pattern", 4)
+    named = isinstance(kinds, list) and all(kind in (SLIDING, FULL) for kind in kinds)
+    if not named or len(kinds) != n:
+        wanted = f"does not name {SLIDING} or {FULL} for each of {n} layers"
+        raise ValueError(f"layer_types {shown(kinds)} {wanted}")
+    if raw.get("layer_switch") is not None and local_first("layer_switch") != kinds:
+        contradicts = "contradicts layer_types (or sliding_window_pattern): correct one"
+        raise ValueError(f"layer_switch {raw['layer_switch']} {contradicts}")
+    return kinds
 
 
 def _from_rope(raw: dict) -> dict:
@@ -218,46 +224,40 @@ def _from_rope(raw: dict) -> dict:
     4.x's two keys."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers' own order
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(
-            f"rope_parameters {rope!r} is not implemented: give one set of values for all layers"
-        )
+        mend = "give one set of values for all layers"
+        raise ValueError(f"rope_parameters {shown(rope)} is not implemented: {mend}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES.values():
-        raise ValueError(
-            f"rope_type {kind!r} is not implemented: it reads {', '.join(ROPE_TYPES.values())}"
-        )
+    scaling = next((ours for ours, theirs in ROPE_TYPES.items() if theirs == kind), None)
+    if scaling is None:
+        known = ", ".join(ROPE_TYPES.values())
+        raise ValueError(f"rope_type {shown(kind)} is not implemented: it reads {known}")
     _only_implemented(rope, {"partial_rotary_factor": 1})
     theta = _typed(rope, "rope_theta", float, _typed(raw, "rope_theta", float, 10_000.0))
-    found = {
-        "rope_theta": theta,
-        "rope_scaling": next(ours for ours, theirs in ROPE_TYPES.items() if theirs == kind),
-    }
-    if kind != "default":
-        found["rope_factor"] = _typed(rope, "factor", float, None)
-        if found["rope_factor"] is None:
+    found = {"rope_theta": theta, "rope_scaling": scaling}
+    if scaling != "none":
+        found["rope_factor"] = factor = _typed(rope, "factor", float, None)
+        if factor is None:
             raise ValueError(f"rope_type {kind!r} needs a factor")
-    if kind == "yarn":
+    if scaling == "yarn":
         _only_implemented(rope, YARN)
-        for key in ("attention_factor", "mscale", "mscale_all_dim"):
-            if rope.get(key) is not None:
-                raise ValueError(
-                    f"{key} {rope[key]!r} is not implemented: YaRN's own 0.1 ln(factor) + 1 is"
-                )
+        own = 0.1 * math.log(max(factor, 1)) + 1  # as transformers has it where none is given
+        amplitude = _typed(rope, "attention_factor", float, None)
+        if amplitude is not None and not math.isclose(amplitude, own, rel_tol=1e-6):
+            only = f"only YaRN's own 0.1 ln(factor) + 1 = {own:.6f} is"
+            raise ValueError(f"attention_factor {amplitude} is not implemented: {only}")
+        key = "original_max_position_embeddings"
         longest = _typed(raw, "max_position_embeddings", int, 8192)
-        original = _typed(rope, "original_max_position_embeddings", int, longest)
-        found["rope_original_length"] = _typed(
-            raw, "original_max_position_embeddings", int, original
-        )
+        found["rope_original_length"] = _typed(raw, key, int, _typed(rope, key, int, longest))
     return found
 
 
 def _only_implemented(raw: dict, implemented: dict) -> None:
+    """ValueError for a key with another value than the one implemented."""
     for key, value in implemented.items():
         given = raw.get(key)
-        if given is not None and (
-            given != value or isinstance(given, bool) != isinstance(value, bool)
-        ):
-            raise ValueError(f"{key} {given!r} is not implemented: only {value!r} is")
+        same = given == value and isinstance(given, bool) == isinstance(value, bool)
+        if given is not None and not same:
+            raise ValueError(f"{key} {shown(given)} is not implemented: only {value!r} is")
 
 
 def _typed(raw: dict, key: str, kind: type, default):
@@ -266,8 +266,16 @@ def _typed(raw: dict, key: str, kind: type, default):
     return None if value is None and default is None else typed(kind, value, key)
 
 
-# ------------------------------------------------------------------------------------------------
-# Values from outside
+# Values from outside -----------------------------------------------------------------------------
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 100
+
+
+def shown(value) -> str:
+    """How a message quotes a value from outside: its repr, shortened, control characters escaped,
+    however deep it is."""
+    return _repr.repr(value)
 
 
 def typed(kind, value, name: str):
@@ -279,10 +287,9 @@ def typed(kind, value, name: str):
         return None
     wanted = next(k for k in kinds if k is not types.NoneType)
     if type(value) is not wanted and (wanted, type(value)) != (float, int):
-        found = type(value).__name__
-        raise ValueError(f"{name} {value!r} is not a {wanted.__name__} but a {found}")
+        raise ValueError(f"{name} {shown(value)} is no {wanted.__name__}")
     if wanted in (int, float) and not -(2**63) < value < 2**63:
-        raise ValueError(f"{name} {str(value)[:20]} is not a number that can be used")
+        raise ValueError(f"{name} {shown(value)} is not finite, or too large for 64 bits")
     return wanted(value)
 
 
@@ -290,31 +297,20 @@ def typed_fields(cls, table: dict, where: str) -> dict:
     """The fields of the dataclass `cls` that a table gives, typed. ValueError for an unknown key,
     with the nearest one, or a missing one."""
     known = {f.name: f for f in dataclasses.fields(cls)}
-    for key in table:
+    values = {}
+    for key, value in table.items():
         if key not in known:
             near = get_close_matches(key, known, n=1, cutoff=0.5)
             mend = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
-            raise ValueError(f"{where}unknown key {key!r}; {mend}")
-    for name, f in known.items():
-        given = (name in table, f.default, f.default_factory)
-        if given == (False, dataclasses.MISSING, dataclasses.MISSING):
-            raise ValueError(f"{where}{name} is missing")
-    values = {}
-    for key, value in table.items():
+            raise ValueError(f"{where}unknown key {shown(key)}; {mend}")
         kind = known[key].type
         tabular = typing.get_origin(kind) in (dict, tuple)  # their owner reads them
         values[key] = value if tabular else typed(kind, value, f"{where}{key}")
+    for name, f in known.items():
+        needed = f.default is f.default_factory is dataclasses.MISSING
+        if needed and name not in table:
+            raise ValueError(f"{where}{name} is missing")
     return values
-
-
-def read_config(path: str | Path, cls):
-    """A `cls` (ModelConfig) from the config.json in folder `path`, of either kind. OSError and
-    ValueError as `load_config`, and where the values make no model."""
-    fields = load_config(path)
-    try:
-        return cls(**typed_fields(cls, fields, ""))
-    except ValueError as error:
-        raise ValueError(f"{Path(path) / 'config.json'} makes no model: {error}") from error
 
 
 def read_json(file: Path) -> dict:
@@ -329,8 +325,7 @@ def read_json(file: Path) -> dict:
     raise ValueError(f"{file} is damaged ({error}): copy it again from where it came")
 
 
-# ------------------------------------------------------------------------------------------------
-# Weights
+# Weights -----------------------------------------------------------------------------------------
 
 
 def save(path: str | Path, config: dict, state_dict: dict[str, torch.Tensor]) -> None:
@@ -338,20 +333,15 @@ def save(path: str | Path, config: dict, state_dict: dict[str, torch.Tensor]) ->
     ModelConfig's fields."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name if name.startswith("lm_head.") else f"model.{name}": t.detach().contiguous()
-        for name, t in state_dict.items()
-    }
+    tensors = {}
+    for name, tensor in state_dict.items():
+        key = name if name.startswith("lm_head.") else f"model.{name}"
+        tensors[key] = tensor.detach().contiguous()
     dtype = str(state_dict["embed_tokens.weight"].dtype).removeprefix("torch.")
-    content = to_json(config, dtype)
-    _replace(
-        folder / "model.safetensors",
-        lambda file: save_file(tensors, file, metadata={"format": "pt"}),
-    )
-    _replace(
-        folder / "config.json",
-        lambda file: file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"),
-    )
+    text = json.dumps(to_json(config, dtype), indent=2) + "\n"
+    write = lambda file: save_file(tensors, file, metadata={"format": "pt"})
+    replace_file(folder / "model.safetensors", write)
+    replace_file(folder / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
 
 
 @torch.no_grad()
@@ -359,53 +349,65 @@ def load_weights(
     path: str | Path, model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype
 ) -> None:
     """Give `model`, built on the meta device, the tensors in folder `path`: shard by shard, each
-    straight to `device` and `dtype`.
+    straight to `device` and `dtype`. A tensor may be there twice where both are equal; frequencies
+    of rotation follow from config.json and are not read.
 
     Raises FileNotFoundError for a missing file, and ValueError for a damaged one or tensors that
     are not the model's.
     """
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = "lm_head.weight" not in wanted
-    # tied, a copy of the embeddings may lie beside them
-    shapes = dict(wanted, **{"lm_head.weight": wanted["embed_tokens.weight"]})
-    shards, found, wrong = _shards(Path(path)), set(), []
-    for (
-        shard
-    ) in shards:  # the headers alone, so that a wrong file is refused before anything is read
-        with _open(shard) as tensors:
-            for key in tensors.keys():
-                name, tensor = key.removeprefix("model."), tensors.get_slice(key)
-                shape, kind = tensor.get_shape(), tensor.get_dtype()
-                if name not in shapes or name in found:
-                    wrong.append(
-                        f"{key} is {'twice there' if name in found else 'not in this model'}"
-                    )
-                elif shape != shapes[name] or kind not in ("BF16", "F16", "F32", "F64"):
-                    wrong.append(f"{key} is {kind} {shape}, not floating-point {shapes[name]}")
-                found.add(name)
-    wrong += [f"{name} is missing" for name in wanted if name not in found]
-    if wrong:
-        more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise ValueError(
-            f"{path}: the weights do not fit config.json: {'; '.join(wrong[:20])}{more}"
-        )
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = "lm_head.weight" not in shapes
+    shards = _shards(Path(path))
+    _check_headers(path, shards, shapes)
+
     state = {}
-    for shard in shards:
-        with _open(shard) as tensors:
-            for (
-                key
-            ) in tensors.keys():  # a copy, because what safe_open returns is a view of the file
-                state[key.removeprefix("model.")] = tensors.get_tensor(key).to(
-                    device, dtype, copy=True
-                )
-    if tied and not torch.equal(
-        state.pop("lm_head.weight", state["embed_tokens.weight"]), state["embed_tokens.weight"]
-    ):
+    for name, key, tensors in _stored(shards):
+        # A copy, because what safe_open returns is a view of the file.
+        tensor = tensors.get_tensor(key).to(device, dtype, copy=True)
+        if name in state and not torch.equal(state[name], tensor):
+            raise ValueError(f"{path}: {name} is there twice, with different values")
+        state[name] = tensor
+
+    # Some writers leave beside tied embeddings a copy of them.
+    head = state.pop("lm_head.weight", None) if tied else None
+    if head is not None and not torch.equal(head, state["embed_tokens.weight"]):
+        mend = "set tie_word_embeddings to false"
         raise ValueError(
-            f"{path}: lm_head.weight differs from the embeddings it is tied to: set "
-            "tie_word_embeddings to false"
+            f"{path}: lm_head.weight differs from the embeddings it is tied to: {mend}"
         )
     model.load_state_dict(state, assign=True)
+
+
+def _check_headers(path: str | Path, shards: list[Path], shapes: dict[str, list[int]]) -> None:
+    """ValueError where the shards' headers are not of a model of these shapes: a wrong file is
+    refused before anything is read."""
+    known = {"lm_head.weight": shapes["embed_tokens.weight"]} | shapes
+    found, wrong = set(), []
+    for name, key, tensors in _stored(shards):
+        found.add(name)
+        header = tensors.get_slice(key)
+        shape, kind = header.get_shape(), header.get_dtype()
+        if name not in known:
+            wrong.append(f"{shown(key)[1:-1]} is not in this model")
+        elif shape != known[name] or kind not in ("BF16", "F16", "F32", "F64"):
+            wrong.append(f"{key} is {kind} {shape}, not floating-point {known[name]}")
+    wrong += [f"{name} is missing" for name in shapes if name not in found]
+    if wrong:
+        some = "; ".join(wrong[:20]) + (f"; and {len(wrong) - 20} more" if wrong[20:] else "")
+        raise ValueError(f"{path}: the weights do not fit config.json: {some}")
+
+
+def _stored(shards: list[Path]) -> Iterator[tuple[str, str, safe_open]]:
+    """(name in our model, key in the file, the open file) of every tensor of the shards."""
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as tensors:
+                for key in tensors.keys():
+                    if not key.endswith("inv_freq"):  # frequencies of rotation
+                        yield key.removeprefix("model."), key, tensors
+        except SafetensorError as error:
+            mend = "copy it again from where it came"
+            raise ValueError(f"{shard} is damaged ({error}): {mend}") from error
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -415,52 +417,43 @@ def _shards(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise FileNotFoundError(
-            f"{single} not found, nor an index of shards: copy the weights there (pickled ones "
-            "are not read)"
-        )
+        mend = "copy the weights there (pickled ones are not read)"
+        raise FileNotFoundError(f"{single} not found, nor an index of shards: {mend}")
     names = read_json(index).get("weight_map")
-    if (
-        not isinstance(names, dict)
-        or not names
-        or not all(isinstance(name, str) for name in names.values())
-    ):
-        raise ValueError(
-            f"{index} is damaged (weight_map is no map from tensors to files): copy it again from "
-            "where it came"
-        )
+    named = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    if not names or not named:
+        problem = "weight_map is no map from tensors to files"
+        raise ValueError(f"{index} is damaged ({problem}): copy it again from where it came")
     shards = [folder / name for name in sorted(set(names.values()))]
     for shard in shards:
         if shard.parent != folder or shard.suffix != ".safetensors":
-            raise ValueError(
-                f"{index} names {str(shard)!r}: a shard is a .safetensors file in the same folder"
-            )
+            rule = "a shard is a .safetensors file in the same folder"
+            raise ValueError(f"{index} names {shown(str(shard))}: {rule}")
         if not shard.is_file():
-            raise FileNotFoundError(f"{shard} not found: {index.name} names it, so copy it there")
+            missing = shown(shard.name)[1:-1]
+            raise FileNotFoundError(
+                f"{missing} not found in {folder}: {index.name} names it, so copy it there"
+            )
     return shards
-
-
-@contextmanager
-def _open(file: Path) -> Iterator:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged ({error}): copy it again from where it came"
-        ) from error
 
 
 # ------------------------------------------------------------------------------------------------
 # Files that are whole or absent, whenever the process is killed
 
+CHECKSUMS = "checksums.json"  # of a folder's other files
+STEP = r"step-\d{6,}"  # the folder of a checkpoint
 
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
+
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside `file`, by write(path), and put it in its place. OSError where it cannot
+    be written."""
     partial = file.with_name(file.name + ".partial")
     try:
         write(partial)
         sync(partial)
         os.replace(partial, file)
+    except (RuntimeError, SafetensorError) as error:  # so torch and safetensors say: a full disk
+        raise OSError(f"cannot write {file} ({error}): make room") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -468,9 +461,13 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
 def sync(path: Path) -> None:
     """Make sure that a file or folder is on the disk. Windows opens no folder, and syncs a file
     only through a handle that may write."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:
@@ -504,37 +501,51 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def point(link: str | Path, target: str | Path) -> None:
     """Make `link` a relative symlink to the folder `target`, replacing the former one in a single
-    step; a copy of the folder where the disk or the system has no links."""
+    step. Where the disk or the system has no links it is a copy of the folder, replaced in two."""
     link, target = Path(link), Path(target)
     partial = link.with_name(link.name + ".partial")
     _remove(partial)
     try:
         partial.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+        os.replace(partial, link)
     except OSError:
+        _remove(partial)
         shutil.copytree(target, partial)
-        _remove(link)  # a folder cannot be replaced by another one
-    os.replace(partial, link)
+        _remove(link)
+        os.replace(partial, link)
     sync(link.parent)
 
 
+def repoint(target: Path, names: tuple[str, ...]) -> None:
+    """Point the links `names` beside the folder `target` to it. Then `target` and what `last` and
+    `best` pointed to before go, where neither points to them (copies need no folder), and what a
+    kill left half made."""
+    folder = target.parent
+    before = {target.name} | pointed(folder)
+    for name in names:
+        point(folder / name, target)
+    for old in before - pointed(folder):
+        shutil.rmtree(folder / old)
+    for left in folder.glob("*.partial"):
+        if re.fullmatch(rf"(last|best|{STEP})\.partial", left.name):
+            _remove(left)
+
+
 def pointed(folder: Path) -> set[str]:
-    """Names of the folders in `folder` that its links `last` and `best` point to."""
+    """Names of the folders step-000900 in `folder` that its links `last` and `best` point to."""
     links = [folder / name for name in ("last", "best")]
-    targets = {Path(os.readlink(link)).name for link in links if link.is_symlink()}
-    return {name for name in targets if (folder / name).is_dir()}
+    targets = {os.readlink(link) for link in links if link.is_symlink()}
+    return {name for name in targets if re.fullmatch(STEP, name) and (folder / name).is_dir()}
 
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-CHECKSUMS = "checksums.json"  # of a folder's other files
-
-
 def write_checksums(folder: Path) -> None:
     """Write the sha256 of every file of the folder beside them."""
     text = json.dumps(_checksums(folder), indent=1) + "\n"
-    _replace(folder / CHECKSUMS, lambda file: file.write_text(text, encoding="utf-8"))
+    replace_file(folder / CHECKSUMS, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def verify_checksums(folder: Path) -> None:

@@ -48,10 +48,11 @@ class CommandLine(argparse.ArgumentParser):
         raise ValueError(f"unknown flag {flag}; {mend}")
 
 
-def fail(error: BaseException | str) -> NoReturn:
+def fail(error: BaseException | str, alone: bool = False) -> NoReturn:
     """Print `error: ...` as one line to stderr and exit with status 2. Of several processes that
-    torchrun has started, which all meet the same, the first one speaks."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    torchrun has started, which all meet the same, the first one speaks; but one that met it alone
+    speaks for itself."""
+    if int(os.environ.get("RANK", 0)) > 0 and not alone:
         sys.exit()
     line = " ".join(str(error).split())
     print(
@@ -87,7 +88,7 @@ def guarded(main: Callable) -> Callable:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            fail(f"out of memory: {error}" if str(error) else "out of memory: ask for less")
+            fail(f"out of memory: {error}" if str(error) else "out of memory: ask for less", True)
         except BaseException as error:  # a panic of the regex engine is no Exception
             if type(error).__name__ != "PanicException":
                 raise
@@ -147,16 +148,16 @@ def unheard() -> Iterator[None]:
 
 
 def locked(path: Path, refusal: str, wait: float = 0):
-    """The lock of a file or folder that is to be made or changed, until it is released or the
-    process ends. ValueError with the refusal where another process holds it longer than `wait`
-    seconds; -1 waits for ever."""
+    """A context that holds the lock of a file or folder that is to be made or changed. ValueError
+    with the refusal where another process holds it longer than `wait` seconds; -1 waits for
+    ever."""
     from filelock import FileLock, Timeout
 
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=wait)
     try:
-        return lock.acquire().lock
+        return lock.acquire()
     except Timeout:
         raise ValueError(refusal) from None
 

@@ -20,41 +20,41 @@ INTERRUPTS: list[int] = []  # of this rank; the others hear of it in `add_up`
 def run(main) -> None:
     """Run `main` as one of the ranks, then end as it is: to take connections down may hang."""
     kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(kinds, timeout=timedelta(days=1))  # as long as rank 0 takes
+    dist.init_process_group(kinds, timeout=timedelta(days=1))  # as long as rank 0 evaluates
     signal.signal(signal.SIGINT, interrupted)
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     status = 0
     try:
         main()
-        dist.barrier()  # rank 0 may still be evaluating
     except SystemExit as left:
         status = left.code or 0
-    except RuntimeError:
-        if RANK == 0:
-            raise  # elsewhere: rank 0 has gone, and has said why
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if RANK == 0 or not lost:
+            raise  # where another rank is lost, that one has said why
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)
 
 
-def interrupted(number, frame) -> None:
+def interrupted(number: int, frame) -> None:
     """One Ctrl-C ends all ranks after the same step; a second one this rank at once."""
     INTERRUPTS.append(number)
-    if len(INTERRUPTS) > 1:
-        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def wrap(loss: nn.Module, idle: bool) -> nn.Module:
-    """`loss` with gradients meant over the ranks. `idle`: some parameters get none."""
-    torch._dynamo.config.optimize_ddp = False  # splits graphs, which has failed at FlexAttention
-    return nn.parallel.DistributedDataParallel(loss, find_unused_parameters=idle)
+def own_rows(batch):
+    share = len(batch.tokens) // RANKS
+    return batch.rows(RANK * share, (RANK + 1) * share)
 
 
-def add_up(value: Tensor) -> float:
-    """The sum of a scalar over the ranks. KeyboardInterrupt in all where one was interrupted."""
+def add_up(loss: Tensor, model: nn.Module) -> None:
+    """Give every rank the sum of all ranks' losses, a scalar, and gradients, in place.
+    KeyboardInterrupt in all of them where one was interrupted."""
     if RANKS > 1:
-        value = torch.stack([value, torch.full_like(value, len(INTERRUPTS))])
-        dist.all_reduce(value)
-        value, interrupts = value
+        interrupts = torch.full_like(loss, len(INTERRUPTS))
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        sums = nn.utils.parameters_to_vector([interrupts, loss, *grads])
+        dist.all_reduce(sums)  # one message: many would take longer
+        nn.utils.vector_to_parameters(sums, [interrupts, loss, *grads])
         if interrupts:
             raise KeyboardInterrupt
-    return value.item()

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import platform
-import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -26,9 +26,8 @@ from data.corpus import Corpus
 from data.needles import Needles
 from data.prepare import open_corpus
 from data.tokenizer import load_tokenizer
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, require
 from parallel import RANK, RANKS
-from recipe import Recipe
 
 HERE = Path(__file__).parent
 OPTIONS = ("out", "resume", "init", "max_steps", "micro_batch", "device", "backend", "compile")
@@ -39,20 +38,19 @@ WITH_RESUME = {"resume", "out", "max_steps", "micro_batch", "device", "backend"}
 class Run:
     """Everything that training needs."""
 
-    recipe: Recipe
+    recipe: recipes.Recipe
     name: str
     out: Path
     corpus: Corpus
     needles: Needles | None
     model: Transformer
     device: torch.device
-    bf16: bool
-    compile: bool
-    micro_batch: int  # tokens
-    max_steps: int
-    lock: object = None
-    log: Path = Path(os.devnull)  # until the run has a folder; where nothing is kept, for good
+    bf16: bool = False
+    compile: bool = False
+    micro_batch: int = 0  # tokens
+    max_steps: int = 0
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    log: Path = Path(os.devnull)  # until the run has a folder; where nothing is kept, for good
     step: int = 0  # steps done
     best: float = math.inf  # validation loss of this phase
 
@@ -63,10 +61,16 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
     args = vars(recipes.command_line(description).parse(argv))
     path = args.pop("recipe") or HERE / "recipes" / "laptop.toml"
     options = {key: args.pop(key) for key in OPTIONS if key in args}
-    resuming = "resume" in options
-    check_options(options, args)
+    resuming, extra = "resume" in options, (options.keys() | args.keys()) - WITH_RESUME
+    flags = " ".join("--" + name.replace("_", "-") for name in sorted(extra))
+    refusal = f"--resume keeps the run's own recipe and cannot take {flags}: leave that out"
+    require(not (resuming and extra), refusal)
+    for flag, least in (("max_steps", 0), ("micro_batch", 1)):
+        value = options.get(flag, least)
+        require(value >= least, f"--{flag.replace('_', '-')} {value} must be at least {least}")
     device, native_bf16 = choose_device(options.get("device"))
 
+    # What to train: by the run's own recipe, or by a file, from a checkpoint's weights or new ones.
     model = None
     if resuming:
         default = Path("out", recipes.run_name(recipes.build(recipes.read_toml(path)), path.stem))
@@ -81,57 +85,31 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
         name, recipe = path.stem, recipes.build(recipes.read_toml(path), args, base, path.name)
         out = options.get("out", Path("out", recipes.run_name(recipe, name)))
 
+    # On what: the same corpus as before, with the model's own tokenizer, large enough.
     corpus = open_corpus(recipe.data)
     if resuming and corpus.hash != corpus_hash:
-        raise ValueError(
-            f"{out} was trained on the corpus {corpus_hash} and {recipe.data} holds {corpus.hash}: "
-            "prepare the same one again, or start another run"
-        )
+        other = f"{out} was trained on the corpus {corpus_hash} and {recipe.data} is {corpus.hash}"
+        raise ValueError(f"{other}: prepare the same one again, or start another run")
+    if source is not None and load_tokenizer(source).hash != corpus.tokenizer.hash:
+        other = f"the checkpoint {source} and the corpus {recipe.data} have different tokenizers"
+        raise ValueError(f"{other}: give the checkpoint's own corpus with --data")
     recipe = replace(recipe, model=replace(recipe.model, vocab_size=corpus.tokenizer.n_vocab))
     needles = check_fit(corpus, recipe.stages(), recipe.batch_tokens, recipe.seed, RANKS)
-    if source is not None and load_tokenizer(source).hash != corpus.tokenizer.hash:
-        raise ValueError(
-            f"the checkpoint {source} and the corpus {recipe.data} have different tokenizers: "
-            "give the checkpoint's own corpus with --data, or start without it"
-        )
-    if model is None:
-        model = new_model(recipe, device)
+
+    model = model or new_model(recipe, device)
     model.config, model.backend = recipe.model, options.get("backend", "auto")
     model.recompute = recipe.recompute
-    run = Run(
-        recipe=recipe,
-        name=name,
-        out=out,
-        corpus=corpus,
-        needles=needles,
-        model=model.train(),
-        device=device,
-        bf16=native_bf16 if recipe.bf16 is None else recipe.bf16,
-        compile=options.get("compile", device.type == "cuda"),
-        micro_batch=options.get("micro_batch", recipe.batch_tokens),
-        max_steps=min(options.get("max_steps", recipe.steps), recipe.steps),
-    )
+    run = Run(recipe, name, out, corpus, needles, model.train(), device)
+    run.bf16 = native_bf16 if recipe.bf16 is None else recipe.bf16
+    run.compile = options.get("compile", device.type == "cuda")
+    run.micro_batch = options.get("micro_batch", recipe.batch_tokens)
+    run.max_steps = min(options.get("max_steps", recipe.steps), recipe.steps)
     return run, resuming
 
 
-def check_options(options: dict, flags: dict) -> None:
-    """ValueError for options that do not go together, or make no sense."""
-    extra = sorted((options.keys() | flags.keys()) - WITH_RESUME)
-    if "resume" in options and extra:
-        raise ValueError(
-            "--resume continues a run by its own recipe and cannot take "
-            f"--{extra[0].replace('_', '-')}: leave it out, or start another run"
-        )
-    for key, least in (("max_steps", 0), ("micro_batch", 1)):
-        if options.get(key, least) < least:
-            flag = key.replace("_", "-")
-            raise ValueError(f"--{flag} {options[key]} must be at least {least}")
-
-
-def new_model(recipe: Recipe, device: torch.device) -> Transformer:
-    """A model as the recipe begins it. NoPE layers' queries begin half as their keys: they find
-    things by what they are, and like attending to like is where that begins (mimetic
-    initialisation, 2305.09828). `mimetic` "none" leaves that out, "all" does it everywhere."""
+def new_model(recipe: recipes.Recipe, device: torch.device) -> Transformer:
+    """A model as the recipe begins it. NoPE layers' queries begin half as their keys, so that like
+    attends to like (mimetic initialisation, 2305.09828): they find things by what they are."""
     torch.manual_seed(recipe.seed)
     model, c = Transformer(recipe.model), recipe.model
     for block, spec in zip(model.layers, model.plan):
@@ -143,37 +121,27 @@ def new_model(recipe: Recipe, device: torch.device) -> Transformer:
     return model.to(device)
 
 
-# The folder ---------------------------------------------------------------------------------------
-
-
 def is_run(out: Path) -> bool:
     """A run exists once it has a first checkpoint; before that its folder may be taken over."""
     return (out / "run.json").is_file() and (out / "last").is_dir()
 
 
-def claim(run: Run, resuming: bool) -> None:
-    """Lock the run's folder, and give the model the weights that a resumed one has there.
-    ValueError where they are damaged, or a new run would be in the way of another."""
-    if RANK == 0:
-        run.lock = locked(
-            run.out, f"another process trains {run.out}: wait, or choose another --out"
-        )
-    if resuming:
-        checkpoint.verify_checksums(run.out / "last")
-        checkpoint.load_weights(run.out / "last", run.model, run.device, torch.float32)
-    elif RANK == 0 and is_run(run.out) and run.max_steps > 0:
-        raise ValueError(
-            f"{run.out} already holds a run: go on with --resume {run.out}, or choose another "
-            "folder with --out"
-        )
+def claim(run: Run):
+    """A context in which nobody else trains in the run's folder. ValueError where somebody does:
+    training never waits."""
+    if RANK > 0:
+        return nullcontext()
+    return locked(run.out, f"another process trains {run.out}: wait, or choose another --out")
 
 
 def begin(run: Run, argv: list[str]) -> None:
-    """Make the run's folder, whole. An evaluation alone leaves no checkpoint there, and nothing at
-    all in the folder of another run."""
-    if RANK > 0 or is_run(run.out):
+    """Make the run's folder, whole. ValueError where it holds a run. An evaluation alone leaves no
+    checkpoint there, and in the folder of a run nothing at all."""
+    if RANK > 0 or (is_run(run.out) and run.max_steps == 0):
         return
-    (run.out / "run.json").unlink(missing_ok=True)
+    mend = f"go on with --resume {run.out}, or choose another folder with --out"
+    require(not is_run(run.out), f"{run.out} already holds a run: {mend}")
+    cuda = run.device.type == "cuda"
     record = {
         "name": run.name,
         "arguments": argv,
@@ -181,84 +149,70 @@ def begin(run: Run, argv: list[str]) -> None:
         "corpus": run.corpus.hash,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": platform.machine() + " CPU",
+        "device": torch.cuda.get_device_name() if cuda else platform.machine() + " CPU",
         "threads": torch.get_num_threads(),
         "processes": RANKS,
         "git": git_commit(HERE),
     }
-    if run.device.type == "cuda":
-        record["device"] = torch.cuda.get_device_name()
-    with checkpoint.atomic_folder(run.out) as folder:
-        (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (run.out / "run.json").unlink(missing_ok=True)
+    with checkpoint.atomic_folder(run.out.absolute()) as folder:
         (folder / "log.jsonl").touch()
+        (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if run.max_steps > 0:
-            save(run, folder=folder)
+            save(run, folder)
     run.log = run.out / "log.jsonl"
 
 
-def read_record(out: Path) -> tuple[str, Recipe, str]:
+def save(run: Run, out: Path, improved: bool = False) -> None:
+    """A checkpoint of the steps done, to which `last` points, and `best` where `improved`; those
+    that were pointed to before go."""
+    target = out / f"step-{run.step:06d}"
+    with checkpoint.atomic_folder(target) as folder:
+        run.model.save_pretrained(folder)
+        run.corpus.tokenizer.save(folder)
+        states = [optimizer.state_dict() for optimizer in run.optimizers]
+        state = {"step": run.step, "best": run.best, "optimizers": states}
+        checkpoint.replace_file(folder / "training.pt", lambda file: torch.save(state, file))
+        checkpoint.write_checksums(folder)
+    checkpoint.repoint(target, ("last", "best") if improved else ("last",))
+
+
+def read_record(out: Path) -> tuple[str, recipes.Recipe, str]:
     """Name, recipe and corpus's hash of the run in `out`. FileNotFoundError where there is none."""
     if not is_run(out):
-        raise FileNotFoundError(
-            f"nothing to resume in {out}: it has no run with a checkpoint; start one without "
-            "--resume"
-        )
+        mend = "it has no run with a checkpoint; start one without --resume"
+        raise FileNotFoundError(f"nothing to resume in {out}: {mend}")
     path = out / "run.json"
     record = checkpoint.read_json(path)
     try:
-        name, tables, corpus_hash = record["name"], record["recipe"], record["corpus"]
-        return str(name), recipes.build(tables, name=str(path)), str(corpus_hash)
+        recipe = recipes.build(record["recipe"], name=str(path))
+        return str(record["name"]), recipe, str(record["corpus"])
     except (KeyError, TypeError, AttributeError) as error:
         mend = f"start another run with --init {out / 'last'}"
         raise ValueError(f"{path} is damaged ({error!r}): {mend}") from None
 
 
-def save(run: Run, improved: bool = False, folder: Path | None = None) -> None:
-    """A checkpoint of the steps done, to which `last` points, and `best` where `improved`; those
-    that were pointed to before go."""
-    folder = folder or run.out
-    target = folder / f"step-{run.step:06d}"
-    if target.name not in checkpoint.pointed(folder):
-        shutil.rmtree(target, ignore_errors=True)  # left by an attempt that was killed
-        with checkpoint.atomic_folder(target) as partial:
-            run.model.save_pretrained(partial)
-            run.corpus.tokenizer.save(partial)
-            states = [optimizer.state_dict() for optimizer in run.optimizers]
-            state = {"step": run.step, "best": run.best, "optimizers": states}
-            torch.save(state, partial / "training.pt")
-            checkpoint.write_checksums(partial)
-    before = checkpoint.pointed(folder)
-    for name in ("last", "best") if improved else ("last",):
-        checkpoint.point(folder / name, target)
-    for old in before - checkpoint.pointed(folder):
-        shutil.rmtree(folder / old)
-
-
 def resume(run: Run) -> None:
-    """Optimizers and step from `last`. ValueError where it is damaged, or another model's."""
-    path = run.out / "last" / "training.pt"
-    mend = f"start another run with --init {path.parent}"
+    """Step, weights and optimizers from `last`. ValueError where damaged, or another model's."""
+    last = run.out / "last"
+    path, mend = last / "training.pt", f"start another run with --init {last}"
+    checkpoint.verify_checksums(last)
     try:
-        # Optimizers move what belongs on the device; AdamW's step counters stay on the CPU.
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        run.step, run.best = state["step"], state["best"]
-        run.log = run.log if RANK > 0 else run.out / "log.jsonl"
+        run.step, run.best, states = state["step"], state["best"], state["optimizers"]
     except FileNotFoundError:
         raise FileNotFoundError(f"nothing to resume: {path} not found; {mend}") from None
     except Exception as error:  # torch.load raises whatever the bytes provoke
         raise ValueError(f"{path} is damaged ({type(error).__name__}): {mend}") from error
-    there = checkpoint.read_json(path.with_name("config.json"))
-    for key, value in checkpoint.to_json(asdict(config_at(run.recipe, run.step))).items():
-        if there.get(key) != value:
-            raise ValueError(
-                f"{run.out / 'run.json'} and its checkpoint disagree: {key} is {value!r} there and "
-                f"{there.get(key)!r} here; {mend}"
-            )
+    checkpoint.verify_config(last, asdict(config_at(run.recipe, run.step)), run.out / "run.json")
+    run.model.load_state_dict(Transformer.from_pretrained(last, run.device).state_dict())
+    for optimizer, state in zip(run.optimizers, states, strict=True):
+        optimizer.load_state_dict(state)  # which moves to the device what belongs there
+    if RANK == 0:
+        run.log = run.out / "log.jsonl"
 
 
-def config_at(recipe: Recipe, step: int) -> ModelConfig:
+def config_at(recipe: recipes.Recipe, step: int) -> ModelConfig:
     """The configuration after so many steps."""
     return recipe.stage_at(step - 1).config if step else recipe.model
 
@@ -268,20 +222,19 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         if path.is_file():
-            lines = path.read_bytes().splitlines(keepends=True)
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(b"".join(line for line in lines if self.belongs(line, step)))
-            os.replace(partial, path)
+            lines = [line for line in path.read_bytes().splitlines() if step_of(line) <= step]
+            kept = b"".join(line + b"\n" for line in lines)
+            checkpoint.replace_file(path, lambda partial: partial.write_bytes(kept))
         self.file = open(path, "a", encoding="utf-8")
-
-    @staticmethod
-    def belongs(line: bytes, step: int) -> bool:
-        """Is the line an entry of a step up to `step`? One that a kill cut off is none."""
-        try:
-            return line.endswith(b"\n") and json.loads(line)["step"] <= step
-        except (ValueError, TypeError, LookupError, RecursionError):
-            return False
 
     def write(self, **entry) -> None:
         """Append, and let it be seen at once."""
         print(json.dumps(entry), file=self.file, flush=True)
+
+
+def step_of(line: bytes) -> float:
+    """The step of a line of the log; infinity where it is no entry, as when a kill cut it off."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return math.inf

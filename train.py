@@ -12,6 +12,7 @@ torchrun --nproc-per-node 2 train.py              two GPUs, or two processes on 
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -27,9 +28,8 @@ from data.needles import Needles
 from evaluate import needle_score, needle_table, validation_loss
 from fast.muon import Muon
 from model import Transformer, layer_plan
-from parallel import RANK, RANKS
 from recipe import Recipe, Stage
-from run import Log, Run, begin, claim, config_at, read, resume, save
+from run import Log, Run, begin, claim, config_at, is_run, read, resume, save
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, from the datasheets
 EPOCHS_TO_WARN = 4  # repeated text teaches nearly as much as new text up to here (2305.16264)
@@ -51,17 +51,14 @@ def train(run: Run) -> None:
     recipe, model = run.recipe, run.model
     held_out = run.needles and Needles(run.corpus.tokenizer, run.corpus.val, evaluation=True)
     announce(run)
-    loss = Loss(model, run.compile)
-    if RANKS > 1:
-        # ssmax's scales get no gradient but in full NoPE layers.
-        loss = parallel.wrap(loss, idle=recipe.model.length_scale == "ssmax")
+    loss = torch.compile(model.loss) if run.compile else model.loss
     log = Log(run.log, run.step)
-    hidden = True if RANK > 0 or not run.max_steps else None  # None: shown on a terminal
+    steps = range(run.step, run.max_steps)
+    hidden = None if steps and parallel.RANK == 0 else True  # None: shown on a terminal
     bar = tqdm(
         total=recipe.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=hidden
     )
 
-    steps = range(run.step, run.max_steps)
     batches = prefetch(lambda step: batch_of(run, step), steps)
     seconds = tokens = 0.0
     for step, batch in zip(steps, batches):
@@ -91,21 +88,12 @@ def train(run: Run) -> None:
         bar.update()
 
         if run.step % recipe.eval_every == 0 or run.step in (stage.end, run.max_steps):
-            if RANK == 0:
+            if parallel.RANK == 0:
                 bar.write(evaluate(run, stage, held_out, log))
             seconds = tokens = 0.0
     bar.close()
-    if RANK == 0:
+    if parallel.RANK == 0:
         finish(run, held_out, log)
-
-
-class Loss(nn.Module):
-    """`model.loss` as a module's forward, which is what can be wrapped for several processes."""
-
-    def __init__(self, model: Transformer, compiled: bool):
-        super().__init__()
-        self.model = model
-        self.forward = torch.compile(model.loss) if compiled else model.loss
 
 
 def batch_of(run: Run, step: int) -> Batch:
@@ -116,22 +104,21 @@ def batch_of(run: Run, step: int) -> Batch:
     return training_batch(run.corpus, run.needles, recipe.seed, step, *size, *shares)
 
 
-def update(run: Run, batch: Batch, loss_of: nn.Module, lr: float) -> tuple[float, float]:
+def update(run: Run, batch: Batch, loss_of: Callable, lr: float) -> tuple[float, float]:
     """One step of both optimizers, by micro-batches -> (loss, gradient norm before clipping). A
     loss that is not finite changes nothing."""
-    share = len(batch.tokens) // RANKS
-    batch = batch.rows(RANK * share, (RANK + 1) * share)
+    batch = parallel.own_rows(batch)
     rows = max(1, run.micro_batch // batch.tokens.shape[1])
     total = torch.zeros((), device=run.device)
-    for start in range(0, share, rows):
+    for start in range(0, len(batch.tokens), rows):
         part = batch.rows(start, start + rows).to(run.device)
-        last = start + rows >= share
-        with autocast(run), nullcontext() if last or RANKS == 1 else loss_of.no_sync():
+        with autocast(run):
             loss = loss_of(part.tokens, part.targets, part.weights)
-        (RANKS * loss).backward()  # against the mean over the ranks
+        loss.backward()
         total += loss.detach()
+    parallel.add_up(total, run.model)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
-    value, norm = parallel.add_up(total), norm.item()
+    value, norm = total.item(), norm.item()
     if math.isfinite(value + norm):
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
@@ -159,7 +146,7 @@ def evaluate(run: Run, stage: Stage, held_out: Needles | None, log: Log) -> str:
     log.write(**entry)
     improved = nats < run.best
     run.best = min(nats, run.best)
-    save(run, improved)
+    save(run, run.out, improved)
     return f"{line} at {stage.longest:,} tokens"
 
 
@@ -169,15 +156,13 @@ def mfu(run: Run, length: int, tokens_per_second: float) -> str:
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
     peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
     flops = run.model.flops_per_token(length) * tokens_per_second
-    return "n/a" if peak is None else f"{flops / (RANKS * peak):.1%}"
+    return "n/a" if peak is None else f"{flops / (parallel.RANKS * peak):.1%}"
 
 
 def announce(run: Run) -> None:
     """What is about to run, and what a reader should know about it."""
-    if RANK > 0:
-        return
     recipe, config = run.recipe, run.recipe.stage_at(run.step).config
-    where = run.device if RANKS == 1 else f"{RANKS} x {run.device.type}"
+    where = f"{parallel.RANKS} x {run.device.type}" if parallel.RANKS > 1 else run.device
     precision = "bfloat16 autocast" if run.bf16 else "float32"
     if run.device.type != "cpu" and not run.bf16:
         precision += " (no native bfloat16)"
@@ -230,28 +215,25 @@ def finish(run: Run, held_out: Needles | None, log: Log) -> None:
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command. What ends a training is one line and status 2; what it has done is kept."""
-    run, resuming = read(argv, __doc__)
-    try:
-        claim(run, resuming)
-        run.optimizers = make_optimizers(run.model, run.recipe)
-        if resuming:
-            resume(run)
-        else:
-            begin(run, sys.argv[1:] if argv is None else argv)
-        with unheard():
-            train(run)
-    except KeyboardInterrupt:
-        message = f"interrupted after step {run.step}: go on with --resume {run.out}"
-        raise KeyboardInterrupt(message) from None
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        micro = f"--micro-batch {run.micro_batch} tokens on {run.device}"
-        raise MemoryError(f"with {micro}: give a smaller --micro-batch") from error
-    finally:
-        if run.lock:
-            run.lock.release()
+    with unheard():
+        run, resuming = read(argv, __doc__)
+        try:
+            with claim(run):
+                run.optimizers = make_optimizers(run.model, run.recipe)
+                if resuming:
+                    resume(run)
+                else:
+                    begin(run, sys.argv[1:] if argv is None else argv)
+                train(run)
+        except KeyboardInterrupt:
+            mend = f": go on with --resume {run.out}" if is_run(run.out) else ""
+            raise KeyboardInterrupt(f"interrupted after step {run.step}{mend}") from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            micro = f"--micro-batch {run.micro_batch} tokens on {run.device}"
+            raise MemoryError(f"with {micro}: give a smaller --micro-batch") from error
 
 
 if __name__ == "__main__":
-    main() if RANKS == 1 else parallel.run(main)
+    main() if parallel.RANKS == 1 else parallel.run(main)

@@ -66,7 +66,7 @@ def load_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
 
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'meta.json'} is not JSON ({error}); {mend}") from error
     require("meta.json", "its content", type(meta).__name__, "dict")
     for where, keys in [

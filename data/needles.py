@@ -21,6 +21,7 @@ BEGIN, NEEDLE, CONTEXT, QC = range(4)
 DIGITS = 5  # of a value
 HELD_OUT = 5  # one key or value in five is held out
 NAME = re.compile(rb" [a-z]{3,12}")  # a token that is a whole word after a space
+FAR = 45  # tokens from the place asked for, at which no line need end there
 SLACK = 2048  # tokens in which a line must end
 
 
@@ -78,10 +79,10 @@ class Needles:
         self.words = sorted(piece[1:].decode() for piece in pieces if NAME.fullmatch(piece))
         if len(self.words) < 20:
             raise ValueError(
-                f"the vocabulary has {len(self.words)} whole words and keys need 20: prepare the "
-                "corpus with a larger --vocab-size"
+                f"the vocabulary has {len(self.words)} whole words of lower-case Latin letters and "
+                "keys need 20: prepare the corpus with a larger --vocab-size, or train without "
+                "needles (--needle-share 0)"
             )
-        # tokens of the longest needle
         self.line = max(
             len(self._line(f"# {self.words[0]}_{word} is", "9" * DIGITS).ids) for word in self.words
         )
@@ -230,8 +231,13 @@ class Needles:
         text = self._haystack(rng, room)
         # a line may begin here
         breaks = np.concatenate(([0], 1 + np.flatnonzero(self.ends_line[text])))
+        asked_for = ~np.isnan(depths) | (len(breaks) <= 1 + room // 256)
         depths = np.where(np.isnan(depths), rng.random(len(hidden)), depths)
-        places = breaks[np.abs(breaks[None, :] - depths[:, None] * room).argmin(1)]
+        wanted = depths * room
+        places = breaks[np.abs(breaks[None, :] - wanted[:, None]).argmin(1)]
+        # In a text of few lines a needle stands where it is asked to, inside of one.
+        far = asked_for & (np.abs(places - wanted) > FAR)
+        places = np.where(far, wanted.round().astype(int), places)
         parts, start = [(np.array([self.tokenizer.eot_token]), CONTEXT)], 0
         for i in np.argsort(places, kind="stable"):
             parts += [(text[start : places[i]], CONTEXT), (hidden[i].ids, NEEDLE)]

@@ -19,20 +19,21 @@ import shutil
 import sysconfig
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from tqdm import tqdm
 
-from commandline import CommandLine, fail
+from commandline import CommandLine, guarded, locked
 from data.corpus import DEFAULT_CORPUS, FORMAT, Corpus, dtype_for, load_corpus
-from data.tokenizer import Tokenizer, gpt2_tokenizer, pieces, train_tokenizer
+from data.tokenizer import Tokenizer, check_runs, gpt2_tokenizer, pieces, train_tokenizer
 
 # (name, text); a name is relative to its root, so that splits do not depend on the machine
 Documents = list[tuple[str, str]]
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
-LONGEST_RUN = 500_000
+LARGEST = 2**32  # bytes of a text
 # progress bars: only on a terminal, and only for what takes long
 QUIET = {
     "delay": 1,
@@ -41,8 +42,7 @@ QUIET = {
 }
 
 
-# ---- sources
-# ------------------------------------------------------------------------------------------------
+# sources ----------------------------------------------------------------------------------------
 
 
 def walk(root: Path, keep: Callable[[str], bool]) -> Iterator[tuple[str, Path]]:
@@ -56,45 +56,60 @@ def walk(root: Path, keep: Callable[[str], bool]) -> Iterator[tuple[str, Path]]:
                 yield path.relative_to(root).as_posix(), path
 
 
-def read_text(path: Path) -> str | None:
-    """The file's text, line ends as they are; None when it is not UTF-8 text."""
+def read_text(path: Path) -> str:
+    """The file's text, line ends as they are, without a byte order mark. ValueError where it is no
+    UTF-8 text, or no file that has an end."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; give --text files and folders")
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"{path} has {size:,} bytes and {LARGEST:,} are the most: cut it")
     content = path.read_bytes()
+    if b"\0" in content:
+        raise ValueError(f"{path} holds NUL bytes, so it is no text (or UTF-16): leave it out")
     try:
-        return None if b"\0" in content else content.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it (iconv -t utf-8) or leave "
+            "it out"
+        ) from None
+
+
+def read_all(files: Iterable[tuple[str, Path]]) -> tuple[Documents, list[str]]:
+    """The documents of named files, and why some were left out."""
+    documents, left_out = [], []
+    for name, path in files:
+        try:
+            documents.append((name, read_text(path)))
+        except ValueError as error:
+            left_out.append(str(error))
+    return documents, left_out
 
 
 def python_sources(root: Path) -> Documents:
     """Python files below root, without tests and without `_sysconfigdata`, which the build writes
     and fills with its paths."""
-    files = [
-        (name, path)
-        for name, path in walk(
-            root, lambda name: name not in LEFT_OUT and not name.startswith("_sysconfigdata")
-        )
-        if name.endswith(".py")
-    ]
-    return [(name, text) for name, path in files if (text := read_text(path)) is not None]
+    keep = lambda name: name not in LEFT_OUT and not name.startswith("_sysconfigdata")
+    files = (file for file in walk(root, keep) if file[0].endswith(".py"))
+    return read_all(files)[0]
 
 
 def from_text(path: Path) -> Documents:
-    """A file, or every text file below a folder but the hidden ones."""
-    if path.is_dir():
-        documents = [
-            (name, text)
-            for name, file in walk(path, lambda name: not name.startswith("."))
-            if (text := read_text(file)) is not None
-        ]
-        if not documents:
-            raise ValueError(f"{path} holds no UTF-8 text file; give --text a folder that does")
-        return documents
+    """A file, or every text file below a folder but the hidden ones and links out of it."""
     if not path.exists():
         raise FileNotFoundError(f"{path} not found; give --text a file or folder that exists")
-    text = read_text(path)
-    if text is None:
-        raise ValueError(f"{path} is not UTF-8 text; convert it (iconv -t utf-8) or leave it out")
-    return [(path.name, text)]
+    if not path.is_dir():
+        return [(path.name, read_text(path))]
+    inside, root = path.resolve().as_posix(), path
+    files = walk(root, lambda name: not name.startswith("."))
+    files = [f for f in files if f[1].resolve().as_posix().startswith(f"{inside}/")]
+    documents, left_out = read_all(files)
+    if not documents:
+        raise ValueError(f"{path} holds no UTF-8 text file; give --text a folder that does")
+    if left_out:
+        print(f"{path}: left out {len(left_out)} of {len(files)} files, such as {left_out[0]}")
+    return documents
 
 
 def from_package(name: str) -> Documents:
@@ -112,17 +127,11 @@ def from_package(name: str) -> Documents:
         raise ValueError(
             f"package {name} is not installed here; install it, or check its import name"
         )
-    documents = [
-        (f"{name}/{file}", text)
-        for root in spec.submodule_search_locations or []
-        for file, text in python_sources(Path(root))
-    ]
-    if (
-        not documents
-        and (spec.origin or "").endswith(".py")
-        and (text := read_text(Path(spec.origin))) is not None
-    ):
-        documents = [(f"{name}.py", text)]
+    documents = []
+    for root in spec.submodule_search_locations or []:
+        documents += [(f"{name}/{file}", text) for file, text in python_sources(Path(root))]
+    if not documents and (spec.origin or "").endswith(".py"):
+        documents = read_all([(f"{name}.py", Path(spec.origin))])[0]
     if not documents:
         raise ValueError(
             f"package {name} has no Python source files (built in, a namespace, or compiled); "
@@ -142,11 +151,16 @@ def from_url(url: str, sha256: str | None = None, timeout: float = 30.0) -> Docu
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:
             length = int(response.headers.get("Content-Length") or 0)
+            too_large = f"it is larger than the {LARGEST:,} bytes that are taken"
+            if length > LARGEST:
+                raise OSError(too_large)
             with tqdm(
                 total=length or None, unit="B", unit_scale=True, desc="download", **QUIET
             ) as bar:
                 while chunk := response.read(1 << 20):
                     content += chunk
+                    if len(content) > LARGEST:
+                        raise OSError(too_large)
                     bar.update(len(chunk))
         if len(content) < length:
             raise OSError(f"the connection ended after {len(content):,} of {length:,} bytes")
@@ -170,7 +184,7 @@ def from_url(url: str, sha256: str | None = None, timeout: float = 30.0) -> Docu
         ) from error
 
 
-# ---- a corpus from documents -------------------------------------------------------------------
+# a corpus from documents ------------------------------------------------------------------------
 
 
 def split_documents(documents: Documents) -> tuple[list[str], list[str]]:
@@ -258,7 +272,15 @@ def check_out(out: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make sure that a file or folder is on the disk. Windows opens no folder, and syncs a file
+    only through a handle that may write."""
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:
+            return
+        raise
     os.fsync(descriptor)
     os.close(descriptor)
 
@@ -269,25 +291,42 @@ def prepare(
     vocab_size: int = 2048,
     tokenizer: Tokenizer | None = None,
     source: str = "documents",
+    again: bool = True,
 ) -> dict:
     """Write a corpus to the folder out and return its meta; all or nothing. Without a tokenizer,
-    BPE of vocab_size ids is trained on the training split. Raises ValueError for documents that
-    cannot make a corpus, OSError when out cannot be written."""
+    BPE of vocab_size ids is trained on the training split. Of two that prepare one folder the
+    second waits; then, unless it must be made `again`, the first one's corpus is taken. Raises
+    ValueError for documents that cannot make a corpus, OSError when out cannot be written."""
     out = Path(out)
-    check_out(out)
-    train, val = split_documents(documents)
-    if not train:
+    if again:
+        check_out(out)
+    if not split_documents(documents)[0]:
         raise ValueError(f"there is no text to train on in {source}; give files that hold some")
-    for name, text in documents:  # the regex engines backtrack through spaces, and run out of stack
-        if any(space * LONGEST_RUN in text for space in " \t"):
-            raise ValueError(
-                f"{name} has {LONGEST_RUN:,} spaces or tabs in a row, which no tokenizer takes; "
-                "leave it out"
-            )
-    tokenizer = tokenizer or train_tokenizer(
-        tqdm(train, desc="learn the vocabulary", unit="documents", **QUIET), vocab_size
-    )
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
+    for name, text in documents:
+        check_runs(text, name)
+    new = not out.absolute().parent.exists()
+    with locked(out, f"{out} is being prepared", wait=-1) as lock:
+        try:
+            if not again and (out / "meta.json").exists():
+                return json.loads((out / "meta.json").read_bytes())
+            check_out(out)
+            return _prepare(documents, out, vocab_size, tokenizer, source)
+        finally:
+            with suppress(OSError):  # Windows removes no open file
+                os.remove(lock.lock_file)
+                if new and not out.exists():
+                    out.absolute().parent.rmdir()
+
+
+def _prepare(
+    documents: Documents, out: Path, vocab_size: int, tokenizer: Tokenizer | None, source: str
+) -> dict:
+    train, val = split_documents(documents)
+    if tokenizer is None:
+        texts = tqdm(train, desc="learn the vocabulary", unit="documents", **QUIET)
+        tokenizer = train_tokenizer(texts, vocab_size)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by one that was killed
     try:
         unfinished.mkdir(parents=True)
         tokenizer.save(unfinished)
@@ -304,6 +343,8 @@ def prepare(
         (unfinished / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         for path in [*unfinished.iterdir(), unfinished]:
             sync(path)
+        if out.is_dir():  # and empty; Windows replaces no folder
+            out.rmdir()
         os.replace(unfinished, out)
         sync(out.parent)
     except OSError as error:
@@ -324,7 +365,10 @@ def prepare(
 
 
 def prepare_stdlib(
-    out: Path | str = DEFAULT_CORPUS, vocab_size: int = 2048, tokenizer: Tokenizer | None = None
+    out: Path | str = DEFAULT_CORPUS,
+    vocab_size: int = 2048,
+    tokenizer: Tokenizer | None = None,
+    again: bool = True,
 ) -> dict:
     """The default corpus: the standard library of the Python that runs this."""
     documents = python_sources(Path(sysconfig.get_path("stdlib")))
@@ -334,92 +378,63 @@ def prepare_stdlib(
         vocab_size,
         tokenizer,
         source=f"the standard library of Python {platform.python_version()}",
+        again=again,
     )
 
 
 def open_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
     """The corpus in a folder; the default one is prepared now where it is not there."""
     if Path(folder) == DEFAULT_CORPUS and not DEFAULT_CORPUS.exists():
-        prepare_stdlib(DEFAULT_CORPUS)
+        prepare_stdlib(DEFAULT_CORPUS, again=False)
     return load_corpus(folder)
 
 
+@guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command. Bad input is one line and status 2."""
-    line = CommandLine(
-        prog="python -m data.prepare",
-        description="Make a corpus from text; by default from Python's standard library.",
-    )
-    line.add_argument(
-        "--text",
-        nargs="+",
-        action="extend",
-        default=[],
-        type=Path,
-        metavar="PATH",
-        help="files and folders of UTF-8 text",
-    )
+    """The command."""
+    description = "Make a corpus from text; by default from Python's standard library."
+    line = CommandLine(prog="python -m data.prepare", description=description)
+    several = {"nargs": "+", "action": "extend", "default": []}
+    text = "files and folders of UTF-8 text"
+    line.add_argument("--text", **several, type=Path, metavar="PATH", help=text)
     line.add_argument("--url", help="a text file to download")
     line.add_argument("--sha256", metavar="HEX", help="what --url must hash to")
-    line.add_argument(
-        "--packages",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME",
-        help="installed packages' Python sources",
-    )
-    line.add_argument(
-        "--encoding",
-        choices=["gpt2"],
-        help="tiktoken's, in place of a vocabulary trained on the text",
-    )
-    line.add_argument(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help="ids to train, end of text included (default 2048)",
-    )
-    line.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help=f"default {DEFAULT_CORPUS}; with other sources, beside it, named after the first",
-    )
-    try:
-        args = line.parse(argv)
-        if args.sha256 is not None and args.url is None:
-            raise ValueError("--sha256 checks a download; give --url too, or leave it out")
-        if args.sha256 is not None and (
-            len(args.sha256) != 64 or set(args.sha256.lower()) - set("0123456789abcdef")
-        ):
-            raise ValueError(
-                f"--sha256 {args.sha256} is not 64 hex digits; `sha256sum FILE` prints them"
-            )
-        if args.encoding and args.vocab_size is not None:
-            raise ValueError(
-                f"--encoding {args.encoding} brings its own vocabulary; leave out --vocab-size "
-                f"{args.vocab_size}"
-            )
-        args.vocab_size = 2048 if args.vocab_size is None else args.vocab_size
-        sources = [*map(str, args.text), *([] if args.url is None else [args.url]), *args.packages]
-        name = (
-            Path(unquote(urlsplit(sources[0]).path)).resolve().stem
-            if sources
-            else DEFAULT_CORPUS.name
-        )
-        out = args.out or DEFAULT_CORPUS.with_name(name or "text")
-        check_out(out)
-        documents = [document for path in args.text for document in from_text(path)]
-        documents += [document for package in args.packages for document in from_package(package)]
-        tokenizer = gpt2_tokenizer() if args.encoding else None
-        documents += [] if args.url is None else from_url(args.url, args.sha256)
-        if sources:
-            prepare(documents, out, args.vocab_size, tokenizer, source=", ".join(sources))
-        else:
-            prepare_stdlib(out, args.vocab_size, tokenizer)
-    except (ValueError, OSError) as error:
-        fail(error)
+    packages = "installed packages' Python sources"
+    line.add_argument("--packages", **several, metavar="NAME", help=packages)
+    encoding = "tiktoken's, in place of a vocabulary trained on the text"
+    line.add_argument("--encoding", choices=["gpt2"], help=encoding)
+    size = "ids to train, end of text included (default 2048)"
+    line.add_argument("--vocab-size", type=int, metavar="N", help=size)
+    place = f"default {DEFAULT_CORPUS}; with other sources, beside it, named after the first"
+    line.add_argument("--out", type=Path, metavar="DIR", help=place)
+    args = line.parse(argv)
+    if args.sha256 is not None and args.url is None:
+        raise ValueError("--sha256 checks a download; give --url too, or leave it out")
+    hexadecimal = set("0123456789abcdef")
+    if args.sha256 is not None and (
+        len(args.sha256) != 64 or set(args.sha256.lower()) - hexadecimal
+    ):
+        mend = "`sha256sum FILE` prints them"
+        raise ValueError(f"--sha256 {args.sha256} is not 64 hex digits; {mend}")
+    if args.encoding and args.vocab_size is not None:
+        mend = f"leave out --vocab-size {args.vocab_size}"
+        raise ValueError(f"--encoding {args.encoding} brings its own vocabulary; {mend}")
+    vocab_size = 2048 if args.vocab_size is None else args.vocab_size
+
+    sources = [*map(str, args.text), *([] if args.url is None else [args.url]), *args.packages]
+    name = DEFAULT_CORPUS.name
+    if sources:
+        name = Path(unquote(urlsplit(sources[0]).path)).resolve().stem or "text"
+    out = args.out or DEFAULT_CORPUS.with_name(name)
+    check_out(out)
+    documents = [document for path in args.text for document in from_text(path)]
+    documents += [document for package in args.packages for document in from_package(package)]
+    tokenizer = gpt2_tokenizer() if args.encoding else None
+    documents += [] if args.url is None else from_url(args.url, args.sha256)
+    if sources:
+        prepare(documents, out, vocab_size, tokenizer, source=", ".join(sources))
+    else:
+        prepare_stdlib(out, vocab_size, tokenizer)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import tiktoken
 
+LONGEST_RUN = 100_000  # characters of whitespace
+LONG_RUN = re.compile(rf"\s{{{LONGEST_RUN}}}")
 EOT = "<|endoftext|>"  # joins documents and begins every sequence; always the last id
 # Cuts text into the words inside which BPE merges: letters with one leading mark, single digits (so
 # that a number is as many tokens as it has digits), punctuation, line ends, spaces. No possessive
@@ -40,7 +42,9 @@ class Tokenizer:
         )
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of text. No end of text is added, and one that is spelled out is ordinary text."""
+        """Ids of text. No end of text is added, and one that is spelled out is ordinary text.
+        Raises ValueError for a text that `check_runs` refuses."""
+        check_runs(text, "this text")
         return self.encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -49,13 +53,15 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of ids: UTF-8, unless ids begin or end inside a character. End of text is
-        spelled out."""
-        return self.encoding.decode_bytes(list(ids))
+        spelled out; an id that the vocabulary leaves free is nothing."""
+        return self.encoding.decode_bytes([i for i in ids if i < self.n_vocab])
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for: none for end of text, so that bits per byte does not
-        count it."""
-        return b"" if token == self.eot_token else self.encoding.decode_single_token_bytes(token)
+        count it, nor for an id that the vocabulary leaves free."""
+        if token >= self.eot_token:
+            return b""
+        return self.encoding.decode_single_token_bytes(token)
 
     @cached_property
     def rank_file(self) -> bytes:
@@ -84,7 +90,8 @@ class Tokenizer:
             "bos_token": EOT,
             "eos_token": EOT,
             "pad_token": EOT,
-            "add_bos_token": False,
+            "add_bos_token": True,
+            "padding_side": "left",
             "clean_up_tokenization_spaces": False,
         }
         (Path(folder) / "tokenizer.tiktoken").write_bytes(self.rank_file)
@@ -121,6 +128,17 @@ class Tokenizer:
             "normalized": False,
             "special": True,
         }
+        # Every sequence of training began with end of text, so what is encoded begins with it too.
+        first, a, b = (
+            {"SpecialToken": {"id": EOT, "type_id": 0}},
+            *({"Sequence": {"id": name, "type_id": 0}} for name in "AB"),
+        )
+        begin = {
+            "type": "TemplateProcessing",
+            "single": [first, a],
+            "pair": [first, a, b],
+            "special_tokens": {EOT: {"id": EOT, "ids": [self.eot_token], "tokens": [EOT]}},
+        }
         byte_level = {
             "type": "ByteLevel",
             "add_prefix_space": False,
@@ -152,10 +170,20 @@ class Tokenizer:
             "added_tokens": [special],
             "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "post_processor": None,
+            "post_processor": begin,
             "decoder": byte_level,
             "model": model,
         }
+
+
+def check_runs(text: str, name: str) -> None:
+    """ValueError for a text with so much whitespace in a row that the regex engines, which
+    backtrack through it, run out of stack."""
+    if len(text) >= LONGEST_RUN and LONG_RUN.search(text):
+        raise ValueError(
+            f"{name} has {LONGEST_RUN:,} spaces, tabs or line ends in a row, which no tokenizer "
+            "takes: leave it out"
+        )
 
 
 def byte_letters() -> dict[int, str]:
@@ -230,12 +258,11 @@ def load_tokenizer(path: Path | str) -> "Tokenizer | HuggingFaceTokenizer":
 
     Raises FileNotFoundError or ValueError, each naming the file and the mend."""
     rank_path, meta_path = Path(path) / "tokenizer.tiktoken", Path(path) / "tokenizer_meta.json"
-    if (
-        (Path(path) / "tokenizer.json").is_file()
-        and not rank_path.exists()
-        and not meta_path.exists()
-    ):
-        return HuggingFaceTokenizer(Path(path))
+    theirs = Path(path) / "tokenizer.json"
+    if theirs.is_file() and not rank_path.exists() and not meta_path.exists():
+        ours, other = from_huggingface(theirs), HuggingFaceTokenizer(Path(path))
+        same = ours and {other.bos_token, other.eot_token} == {ours.eot_token}
+        return ours if same else other
     for file in (rank_path, meta_path):
         if not file.is_file():
             raise FileNotFoundError(
@@ -248,7 +275,7 @@ def load_tokenizer(path: Path | str) -> "Tokenizer | HuggingFaceTokenizer":
     try:
         meta = json.loads(meta_path.read_bytes())
         pattern, specials, digest = meta["pattern"], meta["special_tokens"], meta["hash"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{meta_path} is damaged ({type(error).__name__}: {error}); {mend}"
         ) from error
@@ -278,6 +305,25 @@ def load_tokenizer(path: Path | str) -> "Tokenizer | HuggingFaceTokenizer":
     return tokenizer
 
 
+def from_huggingface(file: Path) -> Tokenizer | None:
+    """Our tokenizer from a tokenizer.json that says the same as one of ours, as transformers writes
+    it back; None where it says something else."""
+    letters = {letter: byte for byte, letter in byte_letters().items()}
+    try:
+        raw = json.loads(file.read_bytes())
+        model, (split, _) = raw["model"], raw["pre_tokenizer"]["pretokenizers"]
+        vocab = sorted(model["vocab"].items(), key=lambda entry: entry[1])
+        ranks = {bytes(letters[c] for c in word): i for word, i in vocab if word != EOT}
+        tokenizer = Tokenizer(ranks, split["pattern"]["Regex"])
+        ours = tokenizer.huggingface()
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        special = [(token["content"], token["id"]) for token in raw["added_tokens"]]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+    same = merges == ours["model"]["merges"] and special == [(EOT, tokenizer.eot_token)]
+    return tokenizer if same and list(ranks.values()) == list(range(len(ranks))) else None
+
+
 class HuggingFaceTokenizer:
     """A Hugging Face checkpoint's tokenizer.json (Command R7B's, say) behind our interface, run by
     the optional package `tokenizers`."""
@@ -303,6 +349,7 @@ class HuggingFaceTokenizer:
             )
         self.engine.encode_special_tokens = True  # one that is spelled out is ordinary text
         self.engine.no_truncation()
+        self.engine.no_padding()
         self.hash = hashlib.sha256(file.read_bytes()).hexdigest()
         self.n_vocab = max(self.engine.get_vocab().values()) + 1
         self.added = {
@@ -324,7 +371,7 @@ class HuggingFaceTokenizer:
         ):
             try:
                 value = json.loads(file.read_bytes()).get(key) if file.is_file() else None
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise ValueError(
                     f"{file} is damaged ({error}); copy it again from where it came"
                 ) from error
@@ -345,6 +392,7 @@ class HuggingFaceTokenizer:
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of text, with no special tokens."""
+        check_runs(text, "this text")
         return self.engine.encode(text, add_special_tokens=False).ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

@@ -1,5 +1,5 @@
 """What a context costs: decoding, prefill, a training step, cache and peak memory at growing
-lengths, beside what arithmetic promises.
+lengths, beside what arithmetic promises. How lab.speed measures stands here too.
 
     python -m lab.cost                          under five minutes on a laptop's CPU
     python -m lab.cost --device cuda            to 128k tokens
@@ -17,17 +17,18 @@ import statistics
 import sys
 import time
 from argparse import BooleanOptionalAction
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 import engine
 from attention import visible_pairs
 from commandline import CommandLine, choose_device, guarded
-from lab.report import check_out, figure_of, progress, write
+from lab.report import check_out, distinct, figure_of, progress, write
 from model import ModelConfig, Transformer
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 128, "d_ff": 336}
@@ -38,6 +39,74 @@ SIZES = {  # one for every pattern; small enough for a CPU, large enough for a G
 }
 LENGTHS = {"cpu": [512, 1024, 2048, 4096, 8192], "cuda": [4096, 16384, 65536, 131072]}
 DECODED = 32  # tokens
+
+# How to measure ----------------------------------------------------------------------------------
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds, read once the device has done its work: of the CPU where one thread of it works, so
+    that what else the machine does counts little; else of the wall."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    read = time.process_time if alone else time.perf_counter
+    wait = torch.get_device_module(device).synchronize
+    return lambda: (wait(), read())[1]
+
+
+def timed(work: Callable, clock: Callable[[], float]) -> float:
+    """Seconds that the work takes."""
+    started = clock()
+    work()
+    return clock() - started
+
+
+def alternate(works: dict[str, Callable], turns: Iterable, clock: Callable) -> dict[str, float]:
+    """Median seconds of each work by the clock, taken by turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in turns:
+        for name, work in works.items():
+            seconds[name].append(timed(work, clock))
+    return {name: statistics.median(seen) for name, seen in seconds.items()}
+
+
+def in_own_process(work: Callable, *args):
+    """work(*args) in a new process with as many threads."""
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        return pool.apply(work, args)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The largest memory so far: of the device's allocator, or of this process (resident)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage also counts what the parent held before
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        raise ValueError("peak memory is not measured on Windows: use Linux or macOS") from None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """In which models run: bfloat16 on CUDA."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def training_step(model: nn.Module, loss_of: Callable, *batch: Tensor) -> Callable[[], Tensor]:
+    """What runs forward and backward once and returns loss_of(*batch)."""
+    device = batch[0].device.type
+
+    def step() -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = loss_of(*batch)
+        loss.backward()
+        model.zero_grad()
+        return loss.detach()
+
+    return step
 
 
 @dataclass(frozen=True)
@@ -56,55 +125,38 @@ class Cost:
 
 
 def measure(
-    pattern: str,
-    length: int,
-    sizes: dict,
-    device_name: str,
-    repeats: int = 3,
-    training: bool = True,
+    pattern, length, sizes, device, repeats=3, training=True, decoded=DECODED, compiled=False
 ) -> Cost:
-    """Median times of one pattern at one length, in tokens, on random tokens; without `training`,
-    of reading and writing alone."""
-    device = torch.device(device_name)
+    """Medians of one pattern at one length, in tokens, on random tokens, for a model of these sizes
+    on a named device; without `training`, of reading and writing alone."""
+    device = torch.device(device)
+    clock = clock_of(device)
     torch.manual_seed(0)
     model = Transformer(ModelConfig(pattern=pattern, **sizes)).to(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokens = torch.randint(model.config.vocab_size, (1, length), device=device)
     base = peak_bytes(device)
 
-    def timed(work: Callable) -> float:
-        """Milliseconds."""
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - started) * 1e3
-
-    def step() -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model.loss(tokens, tokens)
-        loss.backward()
-        model.zero_grad()
-
-    train = math.nan
+    steps = [math.nan]
     if training:
+        step = training_step(model, model.loss, tokens, tokens)
         step()
-        train = statistics.median(timed(step) for _ in range(repeats))
-    model.to(dtype).requires_grad_(False)
+        steps = [timed(step, clock) for _ in range(repeats)]
+    model.to(dtype_of(device)).requires_grad_(False)
     prefills, decodes = [], []
     for _ in range(repeats):
-        cache = model.new_cache(1, length + DECODED + 1)
-        write_next = engine.stream(model, tokens, DECODED + 1, cache=cache).__next__
-        prefills.append(timed(write_next))
-        decodes += [timed(write_next) for _ in range(DECODED)]
+        cache = model.new_cache(1, length + decoded + 1)
+        text = engine.stream(model, tokens, decoded + 1, cache=cache, compiled=compiled)
+        prefills.append(timed(text.__next__, clock))
+        decodes += [timed(text.__next__, clock) for _ in range(decoded)]
+
     windows = [spec.window for spec in model.plan]
     pairs = sum(visible_pairs(length, window) for window in windows)
     return Cost(
         pattern,
         length,
-        statistics.median(decodes),
-        statistics.median(prefills),
-        train,
+        statistics.median(decodes) * 1e3,
+        statistics.median(prefills) * 1e3,
+        statistics.median(steps) * 1e3,
         cache.nbytes,
         (peak_bytes(device) - base) / 2**20,
         sum(min(1, (window or length) / length) for window in windows) / len(windows),
@@ -112,52 +164,35 @@ def measure(
     )
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The largest memory so far: of the device's allocator, or of this process (resident)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage also counts what the parent held before
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        raise ValueError("peak memory is not measured on Windows: use Linux or macOS") from None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
-
-
 def table(costs: list[Cost]) -> str:
     """Rows by length, each cost beside its fraction of R's and what arithmetic promises."""
-    base = {cost.length: cost for cost in costs if cost.pattern == "R"}
+    full = {cost.length: cost for cost in costs if cost.pattern == "R"}
     head = ["context", "pattern", "decode ms", "prefill ms", "train ms", "peak MiB"]
-    head += ["cache bytes", "of R's", "promised", "train of R's", "pairs promised"]
-    rows = [head]
-    for cost in sorted(costs, key=lambda c: c.length):
-        of = base.get(cost.length)
+    rows = [[*head, "cache bytes", "of R's", "promised", "train of R's", "pairs promised"]]
+    for cost in sorted(costs, key=lambda cost: cost.length):
+        base = full.get(cost.length)
         row = [f"{cost.length:,}", cost.pattern, f"{cost.decode_ms:.2f}"]
         row += [f"{x:,.0f}" for x in (cost.prefill_ms, cost.train_ms, cost.peak_mb)]
-        row += [f"{cost.cache_bytes:,}"]
-        row += [f"{cost.cache_bytes / of.cache_bytes:.3f}" if of else ""]
-        row += [f"{cost.cache_promised:.3f}"]
-        row += [f"{cost.train_ms / of.train_ms:.2f}" if of else "", f"{cost.pairs_promised:.3f}"]
-        rows.append(row)
+        row.append(f"{cost.cache_bytes:,}")
+        row.append(f"{cost.cache_bytes / base.cache_bytes:.3f}" if base else "")
+        row.append(f"{cost.cache_promised:.3f}")
+        row.append(f"{cost.train_ms / base.train_ms:.2f}" if base else "")
+        rows.append([*row, f"{cost.pairs_promised:.3f}"])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    line = lambda row: "  ".join(cell.rjust(width) for cell, width in zip(row, widths))
-    return "\n".join(map(line, rows))
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
 def plot(costs: list[Cost], out: Path) -> None:
     """A panel each for times and cache against the context length, both axes logarithmic."""
     panels = {"decode_ms": "decoding, ms a token", "prefill_ms": "prefill, ms"}
-    if not math.isnan(costs[0].train_ms):
-        panels["train_ms"] = "training step, ms"
-    panels["cache_bytes"] = "cache, bytes"
+    panels |= {"train_ms": "training step, ms", "cache_bytes": "cache, bytes"}
+    if math.isnan(costs[0].train_ms):
+        del panels["train_ms"]
     figure, axes = figure_of(14, 3.6, 1, len(panels))
-    for axis, (key, title) in zip(axes, panels.items()):
-        for pattern in dict.fromkeys(cost.pattern for cost in costs):
+    for axis, (field, title) in zip(axes, panels.items()):
+        for pattern in distinct(costs, "pattern"):
             of = [cost for cost in costs if cost.pattern == pattern]
-            points = sorted((cost.length, getattr(cost, key)) for cost in of)
+            points = sorted((cost.length, getattr(cost, field)) for cost in of)
             axis.plot(*zip(*points), marker=".", label=pattern)
         axis.set(title=title, xlabel="context, tokens", xscale="log", yscale="log")
         axis.grid(alpha=0.3)
@@ -169,28 +204,28 @@ def plot(costs: list[Cost], out: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = CommandLine(prog="python -m lab.cost", description=__doc__)
-    parser.add_argument("--patterns", nargs="+", default=["R", "RN", "rrrN"])
+    add = parser.add_argument
+    add("--patterns", nargs="+", default=["R", "RN", "rrrN"])
     lengths = "tokens (default: 512 to 8k on CPU, 4k to 128k on CUDA)"
-    parser.add_argument("--lengths", nargs="+", type=int, help=lengths)
-    train = {"action": BooleanOptionalAction, "default": True}
-    parser.add_argument("--train", **train, help="measure a training step too")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, default=Path("cost"), help="OUT.csv, OUT.png (cost)")
+    add("--lengths", nargs="+", type=int, help=lengths)
+    step = "measure a training step too"
+    add("--train", action=BooleanOptionalAction, default=True, help=step)
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--out", type=Path, default=Path("cost"), help="OUT.csv, OUT.png (cost)")
     args = parser.parse(argv)
     device, _ = choose_device(args.device)
-    sizes = SIZES.get(device.type, SIZES["cpu"])
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    sizes, lengths = SIZES[kind], args.lengths or LENGTHS[kind]
     for pattern in args.patterns:
         ModelConfig(pattern=pattern, **sizes)
-    lengths = args.lengths or LENGTHS.get(device.type, LENGTHS["cpu"])
     if min(lengths) < 2:
         raise ValueError(f"--lengths {min(lengths)} must be at least 2")
     check_out(args.out)
 
     costs = []
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for length, pattern in progress(list(product(lengths, args.patterns))):
-            job = (pattern, length, sizes, str(device), 3, args.train)
-            costs.append(pool.apply(measure, job))
+    for length, pattern in progress(list(product(lengths, args.patterns))):
+        job = (pattern, length, sizes, str(device), 3, args.train)
+        costs.append(in_own_process(measure, *job))
     where = f"{sizes} on {device}, {torch.get_num_threads()} threads"
     write(costs, args.out, plot, f"{where}\n{table(costs)}")
 

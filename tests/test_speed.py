@@ -2,7 +2,8 @@
 it, and what it writes."""
 
 import re
-from multiprocessing import get_context
+from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import attention
 import fast.loss as loss_module
 from attention import attend
-from lab import speed
+from lab import cost, speed
 from lab.gpt2 import GPT2
 from model import ModelConfig, Transformer
 
@@ -31,7 +32,10 @@ TINY = {
     "vocab_size": 96,
     "window": 8,
 }
-SETUP = speed.Setup("cpu", compiled=False, threads=1, repeats=1, new_tokens=4)
+PEER = {"n_layer": 2, "n_head": 2, "d_model": 32, "vocab_size": 96}
+CPU = torch.device("cpu")
+ARGS = Namespace(device=CPU, compile=False, repeats=1, new_tokens=4)
+BOTH = ["ours", "Cohere2, SDPA, eager"]
 
 
 def rows(text):
@@ -44,11 +48,23 @@ def rows(text):
     return {row[0]: row[1:] for row in cells if row[0] not in ("", "---", "window", "part")}
 
 
+def section(name, device="cpu", **changes):
+    """A section of lab/speed.toml, changed."""
+    return speed.SECTIONS[name] | speed.SECTIONS[name].get(device, {}) | changes
+
+
+def tables(batch, length):
+    return [{"batch": batch, "length": length}]
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Small matrices, and no process for each peak: test_memory_of_a_step has them."""
-    monkeypatch.setattr(speed, "matmul", lambda setup: (lambda: 0.0, 1.0))
-    monkeypatch.setattr(speed, "alone", lambda setup, work, *args: 7 * 2**20)
+    """Small models, and no process for each peak: test_memory_of_a_step has them."""
+    alone = speed.in_own_process
+    peak = lambda work, *args: 7 * 2**20 if work is speed.step_memory else alone(work, *args)
+    monkeypatch.setattr(speed, "in_own_process", peak)
+    shapes = {"small": TINY, "ours-124M": TINY, "gpt2-124M": PEER}
+    monkeypatch.setattr(speed, "SHAPES", shapes)
 
 
 # The peers
@@ -100,9 +116,11 @@ def test_gpt2_is_transformers_gpt2():
 
 
 def test_the_shapes_compared_are_as_large_as_they_say():
-    for size, (theirs, ours, _) in speed.PEERS.items():
+    shapes = speed.DATA["shapes"]
+    for size in ("124M", "350M"):
         with torch.device("meta"):
-            peer, model = GPT2(**theirs), Transformer(ModelConfig(**ours))
+            peer = GPT2(**shapes[f"gpt2-{size}"])
+            model = Transformer(ModelConfig(**shapes[f"ours-{size}"]))
         assert peer.matmul_parameters() == pytest.approx(float(size[:-1]) * 1e6, rel=0.02)
         assert model.matmul_parameters() == pytest.approx(peer.matmul_parameters(), rel=0.02)
 
@@ -110,7 +128,8 @@ def test_the_shapes_compared_are_as_large_as_they_say():
 def test_gpt2_flops_are_counted_right(monkeypatch):
     """6 N a token by PyTorch's counter with attention taken out, and 6 N + 12 L d T in the job's
     other count."""
-    job = speed.Job("", "gpt2", {"n_layer": 2, "n_head": 4, "d_model": 32, "vocab_size": 96}, 1, 24)
+    shape = {"n_layer": 2, "n_head": 4, "d_model": 32, "vocab_size": 96}
+    job = speed.Job("", shape, 1, 24, kind="gpt2")
     model = GPT2(**job.shape, length=24)
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: q + k + v)
     tokens = torch.randint(96, (1, 24))
@@ -129,8 +148,8 @@ def test_gpt2_flops_are_counted_right(monkeypatch):
 @pytest.mark.parametrize("length", [15, 16, 40])
 def test_losses_agree_between_backends_and_with_transformers(length):
     """float32, the same sums in other orders: 2^-24 a term, over four layers."""
-    _, cohere2 = speed.Job("", "cohere2", TINY, 1, length).build("cpu")
-    ours, loss = speed.Job("", "ours", TINY, 1, length).build("cpu")
+    _, _, cohere2 = speed.Job("", TINY, 1, length, kind="cohere2").build(CPU)
+    ours, _, loss = speed.Job("", TINY, 1, length).build(CPU)
     tokens, targets = torch.randint(95, (2, 2, length))
     expected = cohere2(tokens, targets).item()
     for ours.backend in ("reference", "sdpa", "banded", "auto"):
@@ -155,10 +174,8 @@ def test_a_loss_goes_by_chunks_by_itself(monkeypatch):
 
     assert max(loss_module.LOGITS_AT_ONCE.values()) <= 2**26
     monkeypatch.setattr(loss_module, "LEAST_ROWS", 16)
-    model, tokens = (
-        Transformer(ModelConfig(**TINY | {"vocab_size": 2**14})),
-        torch.randint(96, (2, 64)),
-    )
+    model = Transformer(ModelConfig(**TINY | {"vocab_size": 2**14}))
+    tokens = torch.randint(96, (2, 64))
     for limit, calls in ((2**20, 2), (2**21, 1), (2**10, 8)):
         monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", limit)
         with Largest() as largest:
@@ -170,96 +187,116 @@ def test_a_loss_goes_by_chunks_by_itself(monkeypatch):
 
 
 def test_training_table():
-    text = speed.train_section(SETUP, TINY, 2, 24)
-    assert text.startswith("2 x 24 tokens a step")
+    text = speed.models(ARGS, section("train", tables=tables(2, 24)))
+    assert text.startswith("2 x 24 tokens a step, forward and backward; medians of 1 turns")
     found = rows(text)
-    assert list(found) == ["ours", "Cohere2, SDPA, eager"]
-    assert (
-        all(row[2] == "1.00" and row[6] == "7" for row in found.values())
-        and found["Cohere2, SDPA, eager"][1] == "1.00"
-    )
+    assert list(found) == BOTH
+    for _, _, _, flops, *_, peak in found.values():
+        assert flops == "1.00" and peak == "7"
+    assert found["Cohere2, SDPA, eager"][1] == "1.00"
 
 
 def test_medians_by_turns():
     order, clock = [], iter(range(100))
-    assert speed.alternate(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b") or next(clock)},
-        3,
-        lambda: next(clock),
-    ) == {"a": 1, "b": 2}
+    works = {
+        "a": lambda: order.append("a"),
+        "b": lambda: order.append("b") or next(clock),
+    }
+    assert speed.alternate(works, range(3), lambda: next(clock)) == {"a": 1, "b": 2}
     assert order == ["a", "b"] * 3
 
 
 def test_memory_table(monkeypatch):
     """The four losses agree, and the switches are what they are called."""
-    built = []
+    built, work = [], speed.Job.work
     monkeypatch.setattr(
-        speed,
-        "training_step",
-        lambda job, setup, make=speed.training_step: built.append(job) or make(job, setup),
+        speed.Job, "work", lambda job, device: built.append(job) or work(job, device)
     )
-    found = rows(speed.memory_section(SETUP, TINY, 2, 24))
-    assert [(job.whole, job.recompute) for job in built] == [
-        (False, True),
-        (False, False),
-        (True, True),
-        (True, False),
-    ]
-    assert list(found) == [job.name for job in built]
-    model, loss = built[2].build("cpu")
+    text = speed.models(ARGS, section("memory", tables=tables(2, 24)))
+    assert text.startswith("A vocabulary of 16,384. 2 x 24 tokens")
+    assert {job.shape["vocab_size"] for job in built} == {16384}
+    switches = [(job.whole, job.recompute) for job in built]
+    assert switches == [(False, True), (False, False), (True, True), (True, False)]
+    assert list(rows(text)) == [job.name for job in built]
+    for job in built:
+        assert ("whole" in job.name, "recompute" in job.name) == (job.whole, job.recompute)
+    model, _, loss = built[2].build(CPU)
     assert model.recompute and loss != model.loss
 
 
 def test_memory_of_a_step():
     """A step whose whole logits take 64 MiB and more is seen to take it; one by chunks takes
     less."""
-    job = lambda whole: speed.Job("", "ours", TINY | {"vocab_size": 2**15}, 1, 512, whole=whole)
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        by_chunks, at_once = (
-            pool.apply(speed.step_memory, (job(whole), SETUP)) for whole in (False, True)
-        )
+    job = speed.Job("", TINY | {"vocab_size": 2**15}, 1, 512)
+    by_chunks, at_once = (
+        cost.in_own_process(speed.step_memory, replace(job, whole=whole), CPU)
+        for whole in (False, True)
+    )
     assert at_once > 2**27 and by_chunks < 0.9 * at_once
 
 
+NARROW = {"name": "rrrN, window 4", "config": {"window": 4}}
+WIDE = {"name": "rrrN, window 8", "config": {"window": 8}}
+FULL = {"name": "R", "config": {"pattern": "R"}}
+CONTEXTS = {"models": [NARROW, WIDE, FULL], "tables": tables(2, 16) + tables(1, 32)}
+
+
 @pytest.mark.parametrize(
-    "section", ["forward", "decode", "gpt2", "contexts", "long-decode", "kernels", "long"]
+    "name,changes,expected",
+    [
+        ("forward", {"tables": tables(2, 24)}, BOTH),
+        ("decode", {"tables": tables(1, 12)}, BOTH),
+        ("long", {"tables": tables(1, 64)}, BOTH),
+        ("gpt2", {"length": 24}, ["ours, 124M", "GPT-2, 124M"]),
+        ("contexts", CONTEXTS, ["rrrN, window 4", "rrrN, window 8", "R"]),
+    ],
 )
-def test_sections(section):
-    peer = {"n_layer": 2, "n_head": 2, "d_model": 32, "vocab_size": 96}
-    arguments = {
-        "forward": (TINY, 2, 24),
-        "decode": (TINY, 12),
-        "gpt2": ({"124M": (peer, TINY, (1, 1))}, 24),
-        "contexts": (TINY, (16, 32), (4, 8)),
-        "long-decode": (TINY, 40),
-        "kernels": (96, (8, 33), (4, 2, 16)),
-        "long": (TINY, 64),
-    }[section]
-    found = rows(speed.SECTIONS[section][1](SETUP, *arguments))
-    both = ["ours", "Cohere2, SDPA, eager"]
-    assert (
-        list(found)
-        == {
-            "forward": both,
-            "decode": both,
-            "gpt2": ["ours, 124M", "GPT-2, 124M"],
-            "contexts": ["rrrN, window 4", "rrrN, window 8", "R"],
-            "long-decode": ["rrrN", "R"],
-            "kernels": ["8", "33"],
-            "long": both,
-        }[section]
-    )
+def test_sections_that_compare_models(name, changes, expected):
+    data = section(name, **changes)
+    text = speed.models(ARGS, data)
+    assert list(rows(text)) == expected
+    assert text.count("GFLOP/s") == len(data["tables"])
 
 
-def test_contexts_have_as_many_tokens_and_their_flops(monkeypatch):
-    seen = []
-    monkeypatch.setattr(speed, "training", lambda jobs, *_, **__: seen.append(jobs) or "")
-    speed.contexts_section(SETUP, TINY, (16, 64), (4, 8))
-    assert [
-        [(job.shape["pattern"], job.batch * job.length, job.recompute) for job in jobs]
-        for jobs in seen
-    ] == [[("rrrN", 64, True)] * 2 + [("R", 64, True)]] * 2
-    assert seen[1][0].flops()[0] < seen[1][1].flops()[0] < seen[1][2].flops()[0]
+def test_decoding_after_a_long_context():
+    text = speed.long_decode(ARGS, section("long-decode", length=40, config={"window": 8}))
+    assert list(rows(text)) == ["rrrN", "R"]
+
+
+def test_kernels():
+    text = speed.kernels(ARGS, section("kernels", length=96, windows=(8, 33), heads=(4, 2, 16)))
+    cells = [
+        line.strip("| ").split(" | ") for line in text.splitlines() if line[:3] in ("| 8", "| 3")
+    ]
+    names = ["banded", "sdpa", "causal"]
+    assert [row[:2] for row in cells] == [[w, name] for w in ("8", "33") for name in names]
+    assert cells[2][3] == cells[5][3] == "1.00"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_contexts_have_as_many_tokens_and_their_flops(device):
+    data = section("contexts", device)
+    for table in data["tables"]:
+        jobs = speed.jobs_of(data | table, ARGS)
+        assert len({job.batch * job.length for job in jobs}) == 1
+        assert all(job.recompute for job in jobs)
+        patterns = [ModelConfig(**job.shape).pattern for job in jobs]
+        assert patterns == ["rrrN", "rrrN", "R"]
+        for job in jobs[:-1]:
+            assert job.name == f"rrrN, window {job.shape['window']:,}"
+        narrow, wide, full = (job.flops()[0] for job in jobs)
+        assert narrow < wide <= full
+    assert wide < full  # of the longest
+
+
+def test_what_is_compiled():
+    """--compile is for ours and GPT-2, and the names say so; Cohere2 stays eager."""
+    compiled = Namespace(**vars(ARGS) | {"compile": True})
+    jobs = speed.jobs_of(section("train", **tables(2, 24)[0]), compiled)
+    assert [(job.name, job.compiled) for job in jobs] == [
+        ("ours, compiled", True),
+        ("Cohere2, SDPA, eager", False),
+    ]
 
 
 def test_varlen_means_our_window(monkeypatch):
@@ -273,48 +310,28 @@ def test_varlen_means_our_window(monkeypatch):
         for start, end in zip(ends_q[:-1], ends_q[1:]):
             t = torch.arange(end - start)
             seen = (t[:, None] >= t) & (t[:, None] - t <= window_size[0])
-            out.append(
-                F.scaled_dot_product_attention(
-                    *(x[start:end].transpose(0, 1) for x in (q, k, v)), attn_mask=seen
-                ).transpose(0, 1)
-            )
+            heads_first = (x[start:end].transpose(0, 1) for x in (q, k, v))
+            y = F.scaled_dot_product_attention(*heads_first, attn_mask=seen)
+            out.append(y.transpose(0, 1))
         return torch.cat(out)
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     q, k, v = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
     for window in (1, 5, 20):
-        torch.testing.assert_close(
-            speed.varlen(q, k, v, window), attend(q, k, v, window, "reference")
-        )
+        expected = attend(q, k, v, window, "reference")
+        torch.testing.assert_close(speed.varlen(q, k, v, window), expected)
 
 
 def test_where_the_time_goes(corpus_folder):
-    argv = (
-        "--data",
-        str(corpus_folder),
-        "--eval-questions",
-        "4",
-        "--eval-tokens",
-        "512",
-        "--batch-tokens",
-        "1024",
-    )
-    found = rows(speed.job_section(SETUP, argv))
-    assert {
-        "forward",
-        "backward",
-        "Muon",
-        "AdamW",
-        "clipping",
-        "evaluation: loss",
-        "evaluation: needles",
-        "the final needle table",
-        "all",
-    } < set(found)
-    parts = [float(row[0].replace(",", "")) for name, row in found.items() if name != "all"]
-    assert sum(parts) == pytest.approx(
-        float(found["all"][0].replace(",", "")), abs=0.06 * len(parts)
-    )
+    argv = ["--data", str(corpus_folder), "--batch-tokens", "1024"]
+    argv += ["--eval-questions", "4", "--eval-tokens", "512"]
+    found = rows(speed.training_job(ARGS, section("job"), argv))
+    step = {"forward", "backward", "Muon", "AdamW", "clipping", "data (made ahead, in a thread)"}
+    evaluation = {"evaluation: loss", "evaluation: needles", "the final needle table"}
+    assert set(found) == step | evaluation | {"all"}
+    seconds = {name: float(row[0].replace(",", "")) for name, row in found.items()}
+    total = seconds.pop("all")
+    assert sum(seconds.values()) == pytest.approx(total, abs=0.06 * len(seconds))
 
 
 # The check, and the command
@@ -324,17 +341,12 @@ def test_peers_that_disagree_are_not_timed(monkeypatch, capsys):
     """A window that is one key off changes the loss in the fourth digit or so: it must be seen."""
     monkeypatch.setattr(speed, "alternate", lambda *_: pytest.fail("it timed them"))
     real = attention.visible
-    monkeypatch.setattr(
-        attention, "visible", lambda q, k, window=None: real(q, k, window and window + 1)
-    )
-    for section in (speed.train_section, speed.forward_section):
+    wrong = lambda q, k, window=None: real(q, k, window and window + 1)
+    monkeypatch.setattr(attention, "visible", wrong)
+    for name in ("train", "forward"):
+        monkeypatch.setitem(speed.SECTIONS, name, section(name, tables=tables(2, 24)))
         with pytest.raises(ValueError, match="do not say the same.*mean nothing"):
-            section(SETUP, TINY, 2, 24)
-    monkeypatch.setitem(
-        speed.SECTIONS,
-        "train",
-        ("Training step", lambda setup: speed.train_section(setup, TINY, 2, 24)),
-    )
+            speed.models(ARGS, section(name))
     with pytest.raises(SystemExit) as stop:
         speed.main(["train", "--device", "cpu"])
     error = capsys.readouterr().err.splitlines()
@@ -347,7 +359,7 @@ def test_tokens_that_differ_are_not_timed(monkeypatch):
     other = lambda *args, **more: ((token + 1) % 96 for token in real(*args, **more))
     monkeypatch.setattr(speed.engine, "stream", other)
     with pytest.raises(ValueError):
-        speed.decode_section(SETUP, TINY, 12)
+        speed.models(ARGS, section("decode", tables=tables(1, 12)))
 
 
 def test_nan_agrees_with_nothing():
@@ -356,32 +368,17 @@ def test_nan_agrees_with_nothing():
 
 
 def test_the_file_keeps_its_other_sections(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(speed, "machine", lambda setup: "AMD EPYC (TM) 9")
-    for text in ("first", "second"):
+    monkeypatch.setattr(speed, "machine", lambda device: "AMD EPYC (TM) 9")
+    for text, names in (("first", ["kernels", "job"]), ("second", ["kernels"])):
         monkeypatch.setattr(
-            speed,
-            "SECTIONS",
-            {
-                "kernels": ("Kernels", lambda setup: text),
-                "job": ("Job", lambda setup: f"job\n{text}"),
-            },
+            speed, "measured", lambda name, args: (f"The {name}", f"{name}\n{text}")
         )
-        speed.main(
-            [
-                *(["kernels", "job"] if text == "first" else ["kernels"]),
-                "--device",
-                "cpu",
-                "--out",
-                str(tmp_path),
-            ]
-        )
+        speed.main([*names, "--device", "cpu", "--out", str(tmp_path)])
     written = (tmp_path / "speed-amd-epyc-tm-9.md").read_text()
     assert written.startswith("# Speed on AMD EPYC (TM) 9\n") and written.count("\n## ") == 2
-    assert (
-        "second\n" in written
-        and "job\nfirst\n" in written
-        and "`python -m lab.speed kernels --device cpu --out" in written
-    )
+    assert "kernels\nsecond\n" in written and "job\nfirst\n" in written
+    assert "kernels\nfirst\n" not in written
+    assert "`python -m lab.speed kernels --device cpu --out" in written
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,10 @@ The errors run as subprocesses would be slow (torch imports); `command` runs a m
 and reads what it printed.
 """
 
+import contextlib
+import io
 import json
+import math
 import os
 import re
 import shutil
@@ -18,11 +21,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
+import checkpoint
 import evaluate
 import recipe as recipes
 import sample
 import train
+from commandline import locked
 from data.batches import prefetch, training_batch, validation_windows
 from data.corpus import load_corpus
 from data.needles import BEGIN, CONTEXT, DIGITS, NEEDLE, QC, Needles, held_out
@@ -31,6 +37,7 @@ from data.tokenizer import load_tokenizer
 from evaluate import needle_score, validation_loss
 from fast.muon import Muon, orthogonalise
 from model import ModelConfig, Transformer
+from run import Log, is_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -296,6 +303,333 @@ def weights_equal(a, b):
         torch.equal(p, q)
         for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     )
+
+
+# A run's life
+
+
+def test_what_is_no_run_yet_may_be_taken_over(run, error, tmp_path):
+    """An evaluation alone, and a first run that was stopped before its first checkpoint, leave no
+    run: neither is in the way of another, and neither can be resumed."""
+    run("--out", "x", "--max-steps", "0")
+    assert not (tmp_path / "x" / "last").exists()
+    assert "nothing to resume" in error(train.main, "--resume", "x")
+    run("--out", "x", "--max-steps", "2")
+    run("--resume", "x", recipe=None)
+    assert logged_steps(tmp_path / "x") == list(range(1, 13))
+
+    # To evaluate a run's checkpoint touches nothing, though the default folder is the run's own.
+    run("--max-steps", "1")
+    own = tmp_path / "out" / "tiny-r16r16r16N-s1"
+    before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    run("--init", str(own / "last"), "--max-steps", "0")
+    assert before == {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+
+
+def logged_steps(folder):
+    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [entry["step"] for entry in entries if "loss" in entry]
+
+
+class Killed(BaseException):
+    """What ends a process between two of its file-system calls; it cleans nothing up."""
+
+
+WATCHED = {"folder": None, "calls": 0, "last": math.inf}
+
+
+def killer(event, args):
+    """An audit hook: after the last call allowed nothing changes a file below the folder."""
+    if WATCHED["folder"] is None or not args or not isinstance(args[0], str | os.PathLike):
+        return
+    writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink")
+    writes |= event == "open" and bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+    if writes and any(str(arg).startswith(WATCHED["folder"]) for arg in args[:2]):
+        WATCHED["calls"] += 1
+        if WATCHED["calls"] > WATCHED["last"]:
+            raise Killed
+
+
+sys.addaudithook(killer)
+
+
+def test_a_kill_between_any_two_calls_loses_nothing(tmp_path, corpus_folder, monkeypatch):
+    """The first three steps, each with its checkpoint, stopped after the first, second, ... change
+    of a file: then the run either never was, and the same command begins it, or it goes on. Every
+    other one begins in a folder that an evaluation left."""
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    text = TINY.replace("needle_share = 0.5", "needle_share = 0").replace("1000", "1")
+    words = [str(write(tmp_path, text)), "--data", str(corpus_folder), "--max-steps"]
+    train.main([*words, "4", "--out", "whole"])
+    train.main([*words, "0", "--out", "blank"])
+
+    def three_steps(last):
+        """Train until the `last` call -> the number of calls."""
+        WATCHED.update(folder="x", calls=0, last=last)
+        try:
+            train.main([*words, "3", "--out", "x"])
+        except Killed:
+            pass
+        finally:
+            WATCHED.update(folder=None)
+        return WATCHED["calls"]
+
+    count = three_steps(math.inf)
+    assert count > 60  # the hook sees them
+    for last in range(0, count, 7):  # I tried all of them once
+        for name in ("x", "x.partial"):
+            shutil.rmtree(name, ignore_errors=True)
+        if last % 2:
+            shutil.copytree("blank", "x")
+        three_steps(last)
+        if is_run(Path("x")):
+            checkpoint.verify_checksums(Path("x/last"))
+            train.main(["--resume", "x", "--max-steps", "4"])
+        else:
+            train.main([*words, "4", "--out", "x"])
+        assert weights(tmp_path / "x") == weights(tmp_path / "whole"), last
+        assert logged_steps(tmp_path / "x") == [1, 2, 3, 4]
+        assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_of_two_trainings_of_one_folder_one_is_refused_at_once(run, error, tiny, corpus_folder):
+    """A new run that another process has just begun, and one that it resumes."""
+    with locked(Path("x"), ""):
+        line = error(train.main, tiny, "--data", corpus_folder, "--out", "x")
+        assert "another process trains x" in line and not Path("x").exists()
+    run("--out", "x", "--max-steps", "1")
+    with locked(Path("x"), ""):
+        assert "another process trains x" in error(train.main, "--resume", "x")
+    run("--resume", "x", "--max-steps", "2", recipe=None)
+
+
+def test_a_resume_compares_the_corpus(run, error, tmp_path):
+    """Another corpus of the same vocabulary is refused; the same one prepared again is taken."""
+    source = Path(os.__file__).parent
+    documents = [(name, (source / f"{name}.py").read_text()) for name in ("argparse", "ast", "cmd")]
+    first = prepare_bytes(documents, tmp_path / "c")
+    words = ["--out", "x", "--needle-share", "0", "--max-steps", "1", "--data", "c"]
+    train.main([str(tmp_path / "tiny.toml"), *words])
+    second = prepare_bytes(documents[:2], tmp_path / "c")
+    line = error(train.main, "--resume", "x")
+    assert first in line and second in line and first != second
+    assert prepare_bytes(documents, tmp_path / "c") == first
+    run("--resume", "x", "--max-steps", "2", recipe=None)
+
+
+def prepare_bytes(documents, folder):
+    """Prepare them anew with the bytes as vocabulary -> the corpus's hash."""
+    shutil.rmtree(folder, ignore_errors=True)
+    prepare(documents, folder, vocab_size=257, source="test")
+    return load_corpus(folder).hash
+
+
+@pytest.mark.parametrize(
+    "key,value",
+    [("d_ff", 64), ("pattern", "rrrR"), ("window", 8), ("qk_norm", True), ("logit_scale", 0.5)],
+)
+def test_a_resume_compares_the_model(run, error, tmp_path, key, value):
+    run("--out", "x", "--max-steps", "1")
+    before = weights(tmp_path / "x")
+    path = tmp_path / "x" / "run.json"
+    record = json.loads(path.read_text())
+    record["recipe"]["model"][key] = value
+    path.write_text(json.dumps(record))
+    line = error(train.main, "--resume", "x")
+    assert "run.json" in line and "config.json" in line
+    assert weights(tmp_path / "x") == before
+
+
+@pytest.mark.parametrize("name", ["training.pt", "model.safetensors", "config.json"])
+def test_a_resume_compares_the_bytes(run, error, tmp_path, name):
+    """One bit, anywhere: zip's own checksums torch does not read, and safetensors has none."""
+    run("--out", "x", "--max-steps", "1")
+    path = tmp_path / "x" / "last" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    line = error(train.main, "--resume", "x")
+    assert name in line and "damaged" in line
+
+
+def test_a_log_loses_only_what_is_no_entry(tmp_path, monkeypatch):
+    """Lines beyond the step, cut off, in no encoding or of another kind; and a kill while it is
+    written anew loses nothing at all."""
+    path = tmp_path / "log.jsonl"
+    good = [b'{"step": 1, "loss": 3.5}', b'{"step": 2, "loss": NaN}']
+    bad = [b"\xff\xfe", b"[1]", b"7", b"", b'{"loss": 1}', b'{"step": "1"', b'{"step": 3}']
+    content = b"\n".join([good[0], *bad, good[1]])
+    path.write_bytes(content)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", fails(OSError("killed")))
+        Log(path, 2)
+    assert path.read_bytes() == content
+    log = Log(path, 2)
+    log.write(step=3, loss=1.0)
+    assert path.read_bytes().splitlines() == [*good, b'{"step": 3, "loss": 1.0}']
+    log.file.close()
+
+
+def fails(error):
+    """A function that raises the error, whatever it is called with."""
+
+    def failing(*_, **__):
+        raise error
+
+    return failing
+
+
+def test_only_folders_of_the_run_are_removed(run, tmp_path):
+    folder = tmp_path / "x"
+    run("--out", "x", "--max-steps", "2")
+    shutil.copytree(folder / "last", folder / "step-backup")
+    shutil.copytree(folder / "last", folder / "step-000007")
+    (folder / "step-000002").rename(folder / "step-mine!")  # a link that its owner has set anew
+    (folder / "last").unlink()
+    (folder / "last").symlink_to("step-mine!")
+    run("--resume", "x", "--max-steps", "4", recipe=None)
+    assert {path.name for path in folder.glob("step-*")} == {
+        "step-backup",
+        "step-000007",
+        "step-mine!",
+        "step-000004",
+    }
+
+
+def test_beyond_a_million_steps_former_checkpoints_go_too(tmp_path):
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        target = tmp_path / f"step-{step:06d}"
+        target.mkdir()
+        checkpoint.repoint(target, ("last", "best") if step == 999_999 else ("last",))
+    assert {path.name for path in tmp_path.glob("step-*")} == {"step-999999", "step-1000001"}
+
+
+def test_without_git_nothing_is_recorded(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    run("--out", "x", "--max-steps", "1")
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["git"] is None
+
+
+def test_a_bare_resume_looks_where_training_writes(run, error, tiny, tmp_path, monkeypatch):
+    run("--max-steps", "1")
+    train.main([str(tiny), "--resume", "--max-steps", "2"])
+    assert logged_steps(tmp_path / "out" / "tiny-r16r16r16N-s1") == [1, 2]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "nothing to resume" in error(train.main, tiny, "--resume")
+
+
+def test_a_disk_without_links_and_a_system_like_windows(run, tmp_path, monkeypatch, capsys):
+    """No links; no folder can be opened to sync it, no file be synced by a handle that only reads;
+    no fcntl, no resource. A run, its resume and a sample; two copies of a checkpoint stay."""
+    fcntl = pytest.importorskip("fcntl")  # to emulate Windows takes another system
+    real_open, real_sync, flags = os.open, os.fsync, fcntl.fcntl
+
+    def windows_open(path, mode, *args, **more):
+        if os.path.isdir(path) and "dir_fd" not in more and not mode & os.O_DIRECTORY:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, mode, *args, **more)
+
+    def windows_sync(descriptor):
+        if flags(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        real_sync(descriptor)
+
+    monkeypatch.setattr(os, "open", windows_open)
+    monkeypatch.setattr(os, "fsync", windows_sync)
+    monkeypatch.setattr(os, "symlink", fails(OSError("A required privilege is not held")))
+    for name in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)
+    run("--out", "out/x", "--max-steps", "8")
+    run("--resume", "out/x", recipe=None)
+    names = {path.name for path in (tmp_path / "out" / "x").iterdir()}
+    assert names == {"run.json", "log.jsonl", "last", "best"}
+    assert not (tmp_path / "out" / "x" / "last").is_symlink()
+    sample.main(["--prompt", "def ", "--max-new-tokens", "2"])
+    assert "2 new tokens" in capsys.readouterr().out
+
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    run("--out", "whole")
+    assert weights(tmp_path / "out" / "x") == weights(tmp_path / "whole")
+
+
+# Output that nobody reads, disks that are full, interrupts
+
+
+@pytest.fixture(params=["closed", "/dev/full", "a reader that has gone"])
+def unread(request, monkeypatch):
+    """Standard output and standard error as a shell leaves them."""
+    if request.param == "closed":
+        streams = None, None
+    elif request.param == "/dev/full":
+        streams = open("/dev/full", "w"), open("/dev/full", "w", buffering=1)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        streams = os.fdopen(writer, "w"), os.fdopen(os.dup(writer), "w", buffering=1)
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    return request.param
+
+
+def test_a_training_that_nobody_reads_goes_on_to_its_end(tiny, corpus_folder, tmp_path, unread):
+    words = ["--data", str(corpus_folder), "--eval-questions", "4", "--eval-every", "4"]
+    train.main([str(tiny), "--out", str(tmp_path / "x"), *words])
+    assert logged_steps(tmp_path / "x") == list(range(1, 13))
+    final = json.loads((tmp_path / "x" / "log.jsonl").read_text().splitlines()[-1])
+    assert final["final"] and final["step"] == 12 and final["table"]
+
+
+@pytest.mark.parametrize("unread", ["closed", "a reader that has gone"], indirect=True)
+def test_a_sample_that_nobody_reads_ends_in_silence(run, tmp_path, unread):
+    with contextlib.redirect_stdout(io.StringIO()):
+        run("--out", "out/x", "--max-steps", "1")
+    sample.main(["--prompt", "def ", "--max-new-tokens", "3"])
+
+
+@pytest.mark.parametrize(
+    "where,problem",
+    [
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos")),
+        ("checkpoint.save_file", SafetensorError("I/O error: No space left on device")),
+        ("os.replace", OSError(28, "No space left on device")),
+        ("run.Log.write", OSError(28, "No space left on device")),
+        ("run.checkpoint.replace_file", PermissionError(13, "Permission denied")),
+    ],
+)
+def test_a_full_or_read_only_disk_is_one_line(run, error, tmp_path, monkeypatch, where, problem):
+    """And the last checkpoint stays whole."""
+    run("--out", "x", "--max-steps", "1")
+    before = weights(tmp_path / "x")
+    monkeypatch.setattr(where, fails(problem))
+    assert re.search("space|position|pos|denied", error(train.main, "--resume", "x"))
+    monkeypatch.undo()
+    checkpoint.verify_checksums(tmp_path / "x" / "last")
+    assert weights(tmp_path / "x") == before
+    assert not list((tmp_path / "x").glob("*.partial"))
+
+
+def test_an_interrupt_says_how_to_go_on(run, error, tiny, corpus_folder, tmp_path, monkeypatch):
+    words = [tiny, "--data", corpus_folder, "--out", "x"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "begin", fails(KeyboardInterrupt))
+        assert error(train.main, *words) == "error: interrupted after step 0"
+    real, calls = train.update, []
+
+    def update(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "update", update)
+    line = error(train.main, *words)
+    assert line == "error: interrupted after step 2: go on with --resume x"
+    run("--resume", "x", recipe=None)
+    assert logged_steps(tmp_path / "x") == list(range(1, 13))
 
 
 # Recipes
@@ -677,6 +1011,27 @@ def test_bad_samples(run, error, tmp_path):
     assert "--max-new-tokens" in error(sample.main, "--prompt", "x", "--max-newtokens", "3")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     assert "UTF-8" in error(sample.main, "--file", tmp_path / "bytes")
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--file", None])
+def test_a_prompt_is_the_same_bytes_wherever_it_comes_from(tmp_path, monkeypatch, flag):
+    """Line ends are kept, a byte order mark is skipped, and what is no UTF-8 is refused: on the
+    command line Python reads such bytes as surrogates."""
+
+    def read(raw):
+        path = tmp_path / "prompt.txt"
+        path.write_bytes(raw)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        values = {"--prompt": raw.decode(errors="surrogateescape"), "--file": str(path)}
+        return sample.read_prompt(sample.command_line().parse([flag, values[flag]] if flag else []))
+
+    assert read("a\r\n\rnaïve\n".encode()) == "a\r\n\rnaïve\n"
+    assert read(b"\xef\xbb\xbfdef ") == "def "
+    with pytest.raises(ValueError, match="not UTF-8 .* at byte 3"):
+        read(b"caf\xe9")
+    monkeypatch.setattr(sys, "stdin", None)  # closed by the shell
+    with pytest.raises(ValueError, match="no prompt"):
+        sample.read_prompt(sample.command_line().parse([]))
 
 
 def test_samples_never_cut_a_character(run, capsys, monkeypatch, tmp_path):
