@@ -59,8 +59,7 @@ class ModelConfig:
         check_config(self)
 
     @property
-    def head_width(self) -> int:
-        """d: dimensions of a head."""
+    def head_width(self) -> int:  # d
         return self.head_dim or self.d_model // self.n_head
 
 
@@ -120,7 +119,6 @@ class Transformer(nn.Module):
 
     @property
     def plan(self) -> list[LayerSpec]:
-        """What each layer chooses."""
         return layer_plan(self.config)
 
     @torch.no_grad()
@@ -255,9 +253,8 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "Transformer":
-        """The model in the folder `path`: ours or Hugging Face's Cohere2, sharded or not, straight
-        to `device` and `dtype`. Raises OSError for a missing file and ValueError for one that is
-        damaged or asks for what is not implemented here."""
+        """The model in the folder `path`, ours or Hugging Face's Cohere2, straight to `device` and
+        `dtype`. OSError or ValueError where it is missing, damaged, or asks for what is not here."""
         config = checkpoint.read_config(path, ModelConfig)
         with torch.device("meta"):
             model = cls(config)
@@ -268,7 +265,7 @@ class Transformer(nn.Module):
 def draw(logits: Tensor, temperature: float, top_k=None, top_p=None, generator=None) -> Tensor:
     """One token (b) from logits (b v): the likeliest at temperature 0, else drawn from the top_k
     likeliest, of these from the likeliest that make up a probability of top_p."""
-    if temperature == 0:
+    if temperature < 1e-6:  # below that a division overflows
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -297,21 +294,25 @@ def check_config(c: ModelConfig) -> None:
     attention.one_of("length_scale", c.length_scale, attention.LENGTH_SCALES)
 
     p, d, factor, unknown = c.pattern, c.head_width, c.rope_factor, c.pattern.strip("RrNn")
-    windowed, scaled = p != p.upper(), c.rope_scaling != "none"
-    yarn = c.rope_scaling == "yarn" and c.rope_original_length is None
+    windowed, scaling = p != p.upper(), c.rope_scaling
+    count = c.n_layer * c.d_model * (3 * c.d_ff + 2 * c.n_head * d) + c.vocab_size * c.d_model
+    many = f"n_layer {c.n_layer}, d_model {c.d_model}, d_ff {c.d_ff}, vocab_size {c.vocab_size} "
     indivisible = f"d_model {c.d_model} is not a multiple of n_head {c.n_head}: "
     untiled = f"pattern {p!r} ({len(p)} letters) does not tile {c.n_layer} layers: "
     unseen = f"pattern {p!r} has a windowed (small) letter and no window: "
+    original = scaling == "yarn" and c.rope_original_length is None
     wrong = {
         f"n_head {c.n_head} is not a multiple of n_kv_head {c.n_kv_head}": c.n_head % c.n_kv_head,
         indivisible + "change one, or give head_dim": not c.head_dim and c.d_model % c.n_head,
+        many + f"make {count:,} parameters: use less": count > 2**40 or c.n_layer > 10_000,
         f"head_dim {d} is odd: rotation turns pairs of dimensions": d % 2,
-        f"rope_factor {factor} is below 1: it is new length / trained length": factor < 1,
-        f"rope_factor {factor} does nothing without rope_scaling": factor > 1 and not scaled,
-        f"rope_scaling 'ntk' needs head_dim of 4 or more, not {d}": c.rope_scaling == "ntk"
-        and d < 4,
-        "rope_scaling 'yarn' needs rope_original_length, the trained length": yarn,
+        f"rope_factor {factor} is below 1: it is new length / trained length": not factor >= 1,
+        f"rope_factor {factor} does nothing without rope_scaling": factor > 1 and scaling == "none",
+        f"rope_scaling 'ntk' needs head_dim of 4 or more, not {d}": scaling == "ntk" and d < 4,
+        "rope_scaling 'yarn' needs rope_original_length, the trained length": original,
+        "rope_scaling 'yarn' needs rope_theta above 1": scaling == "yarn" and c.rope_theta <= 1,
         f"length_base {c.length_base} is below 2": (c.length_base or 2) < 2,
+        f"logit_scale {c.logit_scale} is not finite": not math.isfinite(c.logit_scale),
         f"pattern {p!r} has an unknown letter {unknown!r}: use R, r, N and n": unknown,
         untiled + "make n_layer a multiple of its length": not p or c.n_layer % len(p),
         unseen + "give one, such as window = 64": windowed and c.window is None,
@@ -329,9 +330,8 @@ def check_settings(
     require(temperature >= 0, f"temperature {temperature} is negative: 0 is greedy")
     require(top_k is None or top_k >= 1, f"top_k {top_k} is below 1")
     require(top_p is None or 0 < top_p <= 1, f"top_p {top_p} is not in (0, 1]")
-    for token in (tokens.min().item(), tokens.max().item()):
-        inside = 0 <= token < c.vocab_size
-        require(inside, f"token {token} is outside the vocabulary of {c.vocab_size}")
+    for token, v in ((tokens.min().item(), c.vocab_size), (tokens.max().item(), c.vocab_size)):
+        require(0 <= token < v, f"token {token} is outside the vocabulary of {v}")
 
 
 def require(condition: bool, message: str) -> None:

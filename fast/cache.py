@@ -35,6 +35,10 @@ class KVCache:
             )
         self.plan, self.max_length, self.length = list(plan), max_length, 0
         self.rows = [self.ring(spec.window) for spec in plan]
+        size = 2 * batch_size * n_kv_head * head_dim * sum(self.rows) * dtype.itemsize
+        if size > 2**38:
+            how = "ask for fewer tokens (--max-new-tokens) or rows (--samples)"
+            raise ValueError(f"a cache of {batch_size} x {max_length} takes {size:,} bytes: {how}")
 
         def empty() -> list[Tensor]:
             shapes = [(batch_size, n_kv_head, rows, head_dim) for rows in self.rows]
