@@ -254,7 +254,7 @@ class Transformer(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> "Transformer":
         """The model in the folder `path`, ours or Hugging Face's Cohere2, straight to `device` and
-        `dtype`. OSError or ValueError where it is missing, damaged, or asks for what is not here."""
+        `dtype`. OSError or ValueError where it is missing, damaged, or not implemented."""
         config = checkpoint.read_config(path, ModelConfig)
         with torch.device("meta"):
             model = cls(config)
