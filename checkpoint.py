@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 OURS = "ropenope"  # the model_type of what Cohere2 cannot express
 ENDLESS = 2**30  # the window of Cohere2's rotated layers that see all: no sequence reaches it
-MOST_LAYERS = 1024  # what has more is no model but a mistake
+MOST_LAYERS = 10_000  # what has more is no model but a mistake
 
 # our field: Cohere2's key, its type, what transformers takes when the key is absent
 KEYS = {
@@ -268,29 +268,37 @@ def _typed(raw: dict, key: str, kind: type, default):
 
 # Values from outside -----------------------------------------------------------------------------
 
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 100
+short = reprlib.Repr()
+short.maxstring = short.maxother = 200
 
 
 def shown(value) -> str:
-    """How a message quotes a value from outside: its repr, shortened, control characters escaped,
-    however deep it is."""
-    return _repr.repr(value)
+    """How a message quotes a value from outside: its repr, shortened, however deep it is."""
+    return short.repr(value)
+
+
+def escaped(text: str) -> str:
+    """How a message repeats a name: shortened, and nothing in it moves a terminal's cursor."""
+    return shown(text)[1:-1]
 
 
 def typed(kind, value, name: str):
     """`value`, which came from a file or a flag, as the annotation `kind` (bool, int, float or str,
     or one of them and None) says. ValueError, with the name and the value, for another type, a
     number that is not finite, or one that no 64 bits hold."""
-    kinds = typing.get_args(kind) or (kind,)
-    if value is None and types.NoneType in kinds:
+    wanted = plain_type(kind)
+    if value is None and wanted is not kind:
         return None
-    wanted = next(k for k in kinds if k is not types.NoneType)
     if type(value) is not wanted and (wanted, type(value)) != (float, int):
         raise ValueError(f"{name} {shown(value)} is no {wanted.__name__}")
     if wanted in (int, float) and not -(2**63) < value < 2**63:
         raise ValueError(f"{name} {shown(value)} is not finite, or too large for 64 bits")
     return wanted(value)
+
+
+def plain_type(kind) -> type:
+    """The bool, int, float or str of an annotation, which may be `or None`."""
+    return next(k for k in (typing.get_args(kind) or (kind,)) if k is not types.NoneType)
 
 
 def typed_fields(cls, table: dict, where: str) -> dict:
@@ -371,10 +379,8 @@ def load_weights(
     # Some writers leave beside tied embeddings a copy of them.
     head = state.pop("lm_head.weight", None) if tied else None
     if head is not None and not torch.equal(head, state["embed_tokens.weight"]):
-        mend = "set tie_word_embeddings to false"
-        raise ValueError(
-            f"{path}: lm_head.weight differs from the embeddings it is tied to: {mend}"
-        )
+        problem = "lm_head.weight differs from the embeddings it is tied to"
+        raise ValueError(f"{path}: {problem}: set tie_word_embeddings to false")
     model.load_state_dict(state, assign=True)
 
 
@@ -388,7 +394,7 @@ def _check_headers(path: str | Path, shards: list[Path], shapes: dict[str, list[
         header = tensors.get_slice(key)
         shape, kind = header.get_shape(), header.get_dtype()
         if name not in known:
-            wrong.append(f"{shown(key)[1:-1]} is not in this model")
+            wrong.append(f"{escaped(key)} is not in this model")
         elif shape != known[name] or kind not in ("BF16", "F16", "F32", "F64"):
             wrong.append(f"{key} is {kind} {shape}, not floating-point {known[name]}")
     wrong += [f"{name} is missing" for name in shapes if name not in found]
@@ -406,8 +412,8 @@ def _stored(shards: list[Path]) -> Iterator[tuple[str, str, safe_open]]:
                     if not key.endswith("inv_freq"):  # frequencies of rotation
                         yield key.removeprefix("model."), key, tensors
         except SafetensorError as error:
-            mend = "copy it again from where it came"
-            raise ValueError(f"{shard} is damaged ({error}): {mend}") from error
+            problem = f"{shard} is damaged ({escaped(str(error))})"
+            raise ValueError(f"{problem}: copy it again from where it came") from error
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -430,15 +436,13 @@ def _shards(folder: Path) -> list[Path]:
             rule = "a shard is a .safetensors file in the same folder"
             raise ValueError(f"{index} names {shown(str(shard))}: {rule}")
         if not shard.is_file():
-            missing = shown(shard.name)[1:-1]
-            raise FileNotFoundError(
-                f"{missing} not found in {folder}: {index.name} names it, so copy it there"
-            )
+            mend = f"{index.name} names it, so copy it there"
+            raise FileNotFoundError(f"{escaped(shard.name)} not found in {folder}: {mend}")
     return shards
 
 
-# ------------------------------------------------------------------------------------------------
-# Files that are whole or absent, whenever the process is killed
+# Files that are whole or absent, whenever the process is killed ----------------------------------
+
 
 CHECKSUMS = "checksums.json"  # of a folder's other files
 STEP = r"step-\d{6,}"  # the folder of a checkpoint
@@ -554,10 +558,11 @@ def verify_checksums(folder: Path) -> None:
     if (folder / CHECKSUMS).is_file():
         found = _checksums(folder)
         for name, digest in read_json(folder / CHECKSUMS).items():
+            file = folder / escaped(name)
             if name not in found:
-                raise FileNotFoundError(f"{folder / name} not found: copy it from where it came")
+                raise FileNotFoundError(f"{file} not found: copy it from where it came")
             if found[name] != digest:
-                raise ValueError(f"{folder / name} is damaged: its checksum is another")
+                raise ValueError(f"{file} is damaged: its checksum is another")
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -15,14 +15,13 @@ changes it again.
 import argparse
 import math
 import tomllib
-import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
 from attention import BACKENDS, one_of
-from checkpoint import typed, typed_fields
+from checkpoint import plain_type, shown, typed, typed_fields
 from commandline import CommandLine
 from data.corpus import DEFAULT_CORPUS
 from model import ModelConfig, require
@@ -172,21 +171,21 @@ def given(phase: Phase, names: tuple[str, ...]) -> dict:
 # What is refused ----------------------------------------------------------------------------------
 
 
+MANY = 2**31  # a larger count is a slip
+RANGES = dict.fromkeys(("steps", "stretch", "batch_tokens", "eval_every", "eval_tokens"), (1, MANY))
+RANGES |= {"warmup": (0, MANY), "eval_questions": (0, MANY), "seed": (0, 2**63 - 1)}
+RANGES |= {"needle_share": (0, 1), "answer_weight": (0, MANY), "weight_decay": (0, MANY)}
+
+
 def check_numbers(thing: Recipe | Phase, where: str) -> None:
     """ValueError for a field out of its range."""
-    least = {"steps": 1, "stretch": 1, "batch_tokens": 1, "eval_every": 1, "eval_tokens": 1}
-    least |= dict.fromkeys(("weight_decay", "answer_weight", "warmup", "seed", "eval_questions"), 0)
-    for f in fields(thing):
-        value = getattr(thing, f.name)
-        if value is None:
-            continue
-        if f.name in least:
-            inside = least[f.name] <= value < 2**63
-            require(inside, f"{where}{f.name} {value} must be at least {least[f.name]}")
-        if f.name in ("lr", "clip"):
-            require(0 < value < math.inf, f"{where}{f.name} {value} must be above 0")
-        if f.name == "needle_share":
-            require(0 <= value <= 1, f"{where}needle_share {value} is not between 0 and 1")
+    for name, (low, high) in RANGES.items():
+        value = vars(thing).get(name)
+        inside = value is None or low <= value <= high
+        require(inside, f"{where}{name} {value} must be from {low} to {high}")
+    for name in ("lr", "clip"):
+        value = vars(thing).get(name)
+        require(value is None or 0 < value < math.inf, f"{where}{name} {value} must be above 0")
 
 
 def check_phase(recipe: Recipe, phase: Phase, where: str) -> None:
@@ -255,10 +254,10 @@ def read_phase(table: dict, where: str) -> Phase:
     values, lengths = typed_fields(Phase, table, where), {}
     example = "must be a table such as { 512 = 3, 2048 = 1 }"
     given = values["lengths"]
-    require(isinstance(given, dict), f"{where}lengths = {given!r} {example}")
+    require(isinstance(given, dict), f"{where}lengths = {shown(given)} {example}")
     for key, share in given.items():
         number = str(key).isascii() and str(key).isdecimal() and len(str(key)) < 19
-        require(number, f"{where}lengths: {key!r} is no context length, such as 512")
+        require(number, f"{where}lengths: {shown(key)} is no length, such as 512")
         require(int(key) not in lengths, f"{where}lengths has {int(key)} twice: give it once")
         lengths[int(key)] = typed(int, share, f"{where}lengths.{key}")
     return Phase(**values | {"lengths": lengths})
@@ -307,15 +306,16 @@ def command_line(description: str | None) -> CommandLine:
     resume = {"nargs": "?", "type": Path, "const": None, "metavar": "RUN"}
     add("--resume", "continue the run in this folder", **resume)
     add("--init", "start from these weights", type=Path, metavar="CHECKPOINT")
-    add("--max-steps", "stop after so many, the schedule unchanged; 0 only evaluates", type=int)
-    add("--micro-batch", "tokens per forward and process (default: all there are)", type=int)
+    count = {"type": partial(flag_value, int), "metavar": "INT"}
+    add("--max-steps", "stop after so many, the schedule unchanged; 0 only evaluates", **count)
+    add("--micro-batch", "tokens per forward and process (default: all there are)", **count)
     add("--device", "cuda, cpu or mps (default: cuda where there is one, else cpu)")
     add("--backend", "the windowed layers' kernel (default: auto)", choices=BACKENDS)
     add("--compile", "torch.compile (default: on CUDA)", action=switch)
     for f in (*fields(Recipe), *fields(ModelConfig)):
         if f.name in ("model", "phase", "vocab_size", "trained_length"):
             continue  # tables, and what the corpus and the training decide
-        kind = next(k for k in (typing.get_args(f.type) or (f.type,)) if k is not type(None))
+        kind = plain_type(f.type)
         how = {"type": partial(flag_value, f.type), "metavar": kind.__name__.upper()}
         how = {"action": switch} if kind is bool else how
         add("--" + f.name.replace("_", "-"), f"default: {f.default}", **how)
@@ -331,10 +331,10 @@ def flag_value(kind, text: str):
 
 
 def parsed(kind, text: str, name: str):
-    """Text as the annotation `kind` says. ValueError naming it."""
-    wanted = next(k for k in (typing.get_args(kind) or (kind,)) if k is not type(None))
+    """The text of a flag as the annotation `kind` says. ValueError, with `name` and the text."""
+    wanted = plain_type(kind)
     try:
         value = {"true": True, "false": False}[text] if wanted is bool else wanted(text)
-        return typed(kind, value, name)
     except (KeyError, ValueError):
-        raise ValueError(f"{name} {text!r} is no {wanted.__name__}") from None
+        raise ValueError(f"{name} {shown(text)} is no {wanted.__name__}") from None
+    return typed(kind, value, name)

@@ -17,16 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from attention import LayerSpec, visible
+from attention import visible
 from commandline import guarded
 from data.needles import QC, Example, Needles
 from engine import fill
 from evaluate import mean_and_error
 from lab import report
 from lab.needles import cell_examples
+from lab.report import grouped
 from model import Transformer
 
 SEGMENTS = ("begin", "needle", "context", "qc")  # in the order of data.needles
@@ -76,15 +77,15 @@ def spent(
     COLUMNS, entropy in bits; (BINS) for "density", averaged over heads too: weight per key of a
     stretch of the context, times all its keys, so that an even spread is 1. segment (n) says of
     each of the n positions what lies there."""
-    w = weights.double()
-    kinds = segment[k_pos.clamp(min=0)].long()  # an empty slot has no weight
-    in_segment = F.one_hot(kinds, len(SEGMENTS)).double()
-    shares = dict(zip(SEGMENTS, (w @ in_segment).mean(1).unbind(-1)))
-    shares["recent"] = (w * (q_pos[:, None] - k_pos[None, :] < RECENT)).sum(-1).mean(1)
-    keys = visible(q_pos[:, None], k_pos[None, :], window).sum(-1)
-    entropy = -torch.xlogy(w, w).sum(-1) / torch.log(torch.tensor(2.0))
+    w, shares = weights.double(), {}
+    kinds = segment[k_pos.clamp(min=0)]  # an empty slot has no weight
+    for kind, name in enumerate(SEGMENTS):
+        shares[name] = w[..., kinds == kind].sum(-1).mean(1)
+    shares["recent"] = (w * (q_pos[:, None] - k_pos < RECENT)).sum(-1).mean(1)
+    entropy = torch.special.entr(w).sum(-1) / torch.log(torch.tensor(2.0))
+    seen = visible(q_pos[:, None], k_pos, window).sum(-1)
     shares["entropy"] = entropy.mean(1)
-    shares["entropy_share"] = (entropy / keys.clamp(min=2).log2()).mean(1)
+    shares["entropy_share"] = (entropy / seen.clamp(min=2).log2()).mean(1)
 
     length, end = len(segment), int(len(segment) * LAST)
     inside = (k_pos >= FIRST) & (k_pos < end)
@@ -105,109 +106,101 @@ def example_spent(model: Transformer, example: Example) -> list[dict[str, Tensor
     fill(model, tokens[:, :first], cache)
     model(tokens[:, first:], cache=cache, weights=weights)
     q_pos = torch.arange(first, tokens.shape[1], device=device)
-    return [
-        spent(w[0], q_pos, k_pos, segment, spec.window)
-        for (w, k_pos), spec in zip(weights, model.plan)
-    ]
-
-
-def examples_of(needles: Needles, length: int, count: int, seed: int) -> list[Example]:
-    """Needles at half depth in `length` tokens. ValueError where one does not fit."""
-    return list(cell_examples(needles, "single", length, 0.5, count, seed))
-
-
-def position(spec: LayerSpec) -> str:
-    """A layer's kind, as the tables name it."""
-    return "RoPE" if spec.rope else "NoPE"
+    layers = zip(weights, model.plan)
+    return [spent(w[0], q_pos, k_pos, segment, spec.window) for (w, k_pos), spec in layers]
 
 
 def measure(
     model: Transformer, needles: Needles, name: str, length: int, examples: int, seed: int = 1
 ) -> tuple[list[Mass], list[Head], dict[str, Tensor]]:
     """Masses by kind of layer (all, and in a hybrid each), heads, and densities (BINS) by kind."""
-    made = [example_spent(model, each) for each in examples_of(needles, length, examples, seed)]
+    hidden = cell_examples(needles, "single", length, 0.5, examples, seed)
+    made = [default_collate(example_spent(model, example)) for example in hidden]
+    values = {
+        key: value.cpu() for key, value in default_collate(made).items()
+    }  # (example layer ..)
 
-    def stacked(key: str) -> Tensor:  # (example layer ..)
-        return torch.stack([torch.stack([layer[key] for layer in layers]) for layers in made]).cpu()
-
-    values, density = {key: stacked(key) for key in COLUMNS}, stacked("density").mean(0)
-    layers = {"all": list(range(len(model.plan)))}
-    for kind in ("RoPE", "NoPE"):
-        of = [i for i, spec in enumerate(model.plan) if position(spec) == kind]
-        layers |= {kind: of} if 0 < len(of) < len(model.plan) else {}
+    rope = torch.tensor([spec.rope for spec in model.plan])
+    kinds = {"all": torch.ones_like(rope), "RoPE": rope, "NoPE": ~rope}
+    if len(rope.unique()) == 1:
+        kinds = {"all": kinds["all"]}
     masses = []
-    for kind, of in layers.items():
-        means = {key: value[:, of].mean().item() for key, value in values.items()}
+    for kind, of in kinds.items():
+        means = {key: values[key][:, of].mean().item() for key in COLUMNS}
         error = mean_and_error(values["needle"][:, of].mean((1, 2)).numpy())[1]
         masses.append(Mass(name, length, kind, examples, needle_error=error, **means))
+
     heads = []
+    needle, recent = values["needle"].mean(0), values["recent"].mean(0)  # (layer h)
     for (i, spec), j in product(enumerate(model.plan), range(model.config.n_head)):
-        over = [values[key].mean(0)[i, j].item() for key in ("needle", "recent")]
-        heads.append(Head(name, length, i, j, position(spec), spec.window, *over))
-    return masses, heads, {kind: density[of].mean(0) for kind, of in layers.items()}
+        position = "RoPE" if spec.rope else "NoPE"
+        over = needle[i, j].item(), recent[i, j].item()
+        heads.append(Head(name, length, i, j, position, spec.window, *over))
+    density = values["density"].mean(0)
+    return masses, heads, {kind: density[of].mean(0) for kind, of in kinds.items()}
 
 
 def table(masses: list[Mass]) -> str:
     """A row a checkpoint, length and kind of layer."""
     width = max(len(mass.checkpoint) for mass in masses)
-    lines = [f"{'':<{width}}   length  layers" + "".join(f"{name:>14}" for name in COLUMNS)]
+    text = " " * width + "   length  layers" + "".join(f"{name:>14}" for name in COLUMNS)
     for mass in masses:
-        numbers = "".join(f"{getattr(mass, name):>14.4f}" for name in COLUMNS)
-        lines.append(f"{mass.checkpoint:<{width}}  {mass.length:>7,}  {mass.layers:<6}{numbers}")
-    lines.append(
-        f"masses sum to 1; recent: the {RECENT} nearest keys; entropy in bits, and over log2 of "
-        f"the keys seen; {masses[0].examples} examples a length"
+        text += f"\n{mass.checkpoint:<{width}}  {mass.length:>7,}  {mass.layers:<6}"
+        text += "".join(f"{getattr(mass, name):>14.4f}" for name in COLUMNS)
+    return (
+        f"{text}\nmasses sum to 1; recent: the {RECENT} nearest keys; entropy in bits, and over "
+        f"log2 of the keys seen; {masses[0].examples} examples a length"
     )
-    return "\n".join(lines)
 
 
 def head_map(heads: list[Head], count: int = 3) -> str:
     """The heads of one checkpoint that hold most of the needle, and most of what is near."""
-    lines = [f"{heads[0].checkpoint}, {heads[0].length:,} tokens"]
+    text = f"{heads[0].checkpoint}, {heads[0].length:,} tokens"
     for key in ("needle", "recent"):
-        best = sorted(heads, key=lambda head: -getattr(head, key))[:count]
-        said = [
-            f"layer {head.layer} head {head.head} ({head.position}, {head.window or 'all'}) "
-            f"{getattr(head, key):.3f}"
-            for head in best
-        ]
-        lines.append(f"  {key}  {', '.join(said)}")
-    return "\n".join(lines)
+        said = []
+        for head in sorted(heads, key=lambda head: -getattr(head, key))[:count]:
+            where = f"layer {head.layer} head {head.head} ({head.position}, {head.window or 'all'})"
+            said.append(f"{where} {getattr(head, key):.3f}")
+        text += f"\n  {key}  {', '.join(said)}"
+    return text
 
 
-def plot(masses: list[Mass], heads: list[Head], densities: dict, out: Path) -> None:
-    """A row a checkpoint: masses by length, and at the longest the density and every head."""
-    names, longest = report.distinct(masses, "checkpoint"), heads[0].length
+def plot(masses: list[Mass], longest: list[tuple], out: Path) -> None:
+    """A row a checkpoint: masses by length, and of `longest`, what `measure` returned at the
+    longest length, the density and every head."""
+    names = grouped(masses, "checkpoint")
     figure, axes = report.figure_of(14, 0.4 + 3.1 * len(names), len(names), 3, squeeze=False)
-    for name, (bars, line, points) in zip(names, axes):
-        rows, bottom = [mass for mass in masses if mass.checkpoint == name], 0
-        labels = [f"{mass.length:,}\n{mass.layers}" for mass in rows]
+    for (name, rows), (_, heads, densities), panels in zip(names.items(), longest, axes):
+        bars, line, points = panels
+        labels, bottom = [f"{mass.length:,}\n{mass.layers}" for mass in rows], 0
         for segment in SEGMENTS:
             values = np.array([getattr(mass, segment) for mass in rows])
             bars.bar(labels, values, bottom=bottom, label=segment)
             bottom = bottom + values
         bars.set(title=f"{name}\nattention mass of the qc queries", ylim=(0, 1))
-        for kind, density in densities[name].items():
+        bars.tick_params(labelsize=7)
+        bars.legend(fontsize=7, loc="lower right", framealpha=0.6)
+
+        for kind, density in densities.items():
             line.plot((np.arange(BINS) + 0.5) / BINS, density.numpy(), label=kind)
-        line.set(title=f"density over the context, {longest:,} tokens (even: 1)", yscale="log")
-        line.set(xlabel="place in the context")
-        for head in (head for head in heads if head.checkpoint == name):
+        title = f"density over the context, {heads[0].length:,} tokens (even: 1)"
+        line.set(title=title, xlabel="place in the context", yscale="log")
+        line.legend(fontsize=7)
+
+        for head in heads:
             color = "tab:orange" if head.position == "RoPE" else "tab:blue"
             place = (head.recent, head.needle)
             points.annotate(f"{head.layer}.{head.head}", place, color=color, ha="center")
         points.set(title="heads (layer.head): RoPE orange, NoPE blue")
         points.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
         points.set(xlabel=f"mass on the {RECENT} nearest keys", ylabel="mass on the needle")
-        bars.tick_params(labelsize=7)
-        bars.legend(fontsize=7, loc="lower right", framealpha=0.6)
-        line.legend(fontsize=7)
     figure.savefig(out, dpi=110)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = report.checkpoint_command("attention_mass", __doc__, "attention-mass")
+    parser = report.checkpoint_command("attention_mass", __doc__)
     default = "tokens (default: 1, 4 and 16 times the trained length)"
     parser.add_argument("--lengths", nargs="+", type=int, help=default)
     parser.add_argument("--examples", type=int, default=16, help="at every length (default: 16)")
@@ -215,21 +208,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse(argv)
     report.at_least(1, examples=args.examples)
     report.at_least(0, seed=args.seed)
-    models, corpus = report.opened(args)
-    lengths = sorted(report.lengths_of(args.lengths, (1, 4, 16), models, "--lengths"))
+    models, corpus = report.open_checkpoints(args)
+    lengths = report.lengths_of(args.lengths, (1, 4, 16), models, "--lengths")
     needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
-    for length in lengths:
-        examples_of(needles, length, args.examples, args.seed)  # before anything is measured
+    for length in lengths:  # ValueError before anything is measured
+        list(cell_examples(needles, "single", length, 0.5, args.examples, args.seed))
 
-    masses, heads, longest, densities = [], [], {}, {}
+    made = []
     for (name, model), length in report.progress(list(product(models.items(), lengths))):
-        cell = measure(model, needles, name, length, args.examples, args.seed)
-        masses, heads = masses + cell[0], heads + cell[1]
-        longest[name], densities[name] = cell[1:]  # the lengths grow
+        made.append(measure(model, needles, name, length, args.examples, args.seed))
+    masses = [mass for rows, _, _ in made for mass in rows]
+    heads = [head for _, found, _ in made for head in found]
+    longest = made[len(lengths) - 1 :: len(lengths)]  # of every checkpoint
     report.write_rows(heads, Path(f"{args.out}-heads.csv"))
-    text = "\n".join([table(masses), "", *map(head_map, longest.values())])
-    draw = lambda rows, out: plot(rows, sum(longest.values(), []), densities, out)
-    report.write(masses, args.out, draw, text)
+    maps = [head_map(found) for _, found, _ in longest]
+    draw = lambda rows, out: plot(rows, longest, out)
+    report.write(masses, args.out, draw, "\n".join([table(masses), "", *maps]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from commandline import CommandLine, guarded
 from lab.report import figure_of
+from model import require
 
 PANELS = {
     "loss": "training loss (with needles)",
@@ -25,13 +26,11 @@ def read_log(run: Path) -> list[dict]:
         raise FileNotFoundError(f"{path} not found: give a run's folder, as train.py leaves them")
     try:
         entries = [json.loads(line) for line in path.read_bytes().splitlines()]
-        damage = next((entry for entry in entries if "step" not in entry), None)
+        require(all("step" in entry for entry in entries), "an entry has no step")
     except (ValueError, TypeError, RecursionError) as error:
-        damage = error
-    if damage is not None:
-        raise ValueError(f"{path} is damaged ({damage}): resume the run, which mends its log")
-    if not entries:
-        raise ValueError(f"{path} is empty: the run has not made a step")
+        mend = "resume the run, which mends its log"
+        raise ValueError(f"{path} is damaged ({error}): {mend}") from None
+    require(entries, f"{path} is empty: the run has not made a step")
     return entries
 
 

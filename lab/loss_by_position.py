@@ -20,7 +20,8 @@ from commandline import guarded
 from engine import fill
 from evaluate import mean_and_error
 from lab import report
-from model import Transformer
+from lab.report import distinct, grouped
+from model import Transformer, require
 
 TARGETS = 128  # tokens, the last of every window
 
@@ -46,12 +47,9 @@ def windows(ids: np.ndarray, eot: int, longest: int, count: int) -> list[tuple[i
     for document, (before, end) in enumerate(zip(edges, edges[1:])):
         last = range(end, before + longest, -TARGETS)
         made += [(turn, document, end) for turn, end in enumerate(last)]
-    if len(made) < count:
-        raise ValueError(
-            f"the validation text has {len(made)} windows of {longest:,} tokens inside its "
-            f"documents, not {count}: give shorter --contexts, fewer --windows, or a corpus of "
-            "longer documents"
-        )
+    few = f"the validation text has {len(made)} windows of {longest:,} tokens inside its documents"
+    mend = "give shorter --contexts, fewer --windows, or a corpus of longer documents"
+    require(len(made) >= count, f"{few}, not {count}: {mend}")
     return [(document, end) for _, document, end in sorted(made)[:count]]
 
 
@@ -69,26 +67,23 @@ def loss(model: Transformer, ids: np.ndarray, end: int, context: int, eot: int) 
 
 def table(points: list[Point]) -> str:
     """A row a context, a column a checkpoint."""
-    names = report.distinct(points, "checkpoint")
-    lines = ["   context  " + "  ".join(f"{name:>18}" for name in names)]
-    for context in report.distinct(points, "context"):
-        line = f"{context:>10,}"
-        for point in (point for point in points if point.context == context):
+    text = "   context  " + "  ".join(f"{name:>18}" for name in distinct(points, "checkpoint"))
+    for context, row in grouped(points, "context").items():
+        text += f"\n{context:>10,}"
+        for point in row:
             width = max(18, len(point.checkpoint))
-            line += f"  {f'{point.nats:.4f} ± {point.error:.4f}':>{width}}"
-        lines.append(line)
+            text += f"  {f'{point.nats:.4f} ± {point.error:.4f}':>{width}}"
     size = f"over {points[0].windows} windows from {points[0].documents} documents"
-    lines.append(f"nats per token of the last {TARGETS} tokens, ± standard error {size}")
-    return "\n".join(lines)
+    return f"{text}\nnats per token of the last {TARGETS} tokens, ± standard error {size}"
 
 
 def plot(points: list[Point], out: Path) -> None:
     """Loss against context, a line a checkpoint."""
     figure, axis = report.figure_of(6.4, 3.8)
-    for name in report.distinct(points, "checkpoint"):
-        line = [(p.context, p.nats, p.error) for p in points if p.checkpoint == name]
-        axis.errorbar(*zip(*line), marker=".", capsize=2, label=name)
-    report.length_axis(axis, report.distinct(points, "context"))
+    for name, of in grouped(points, "checkpoint").items():
+        line = zip(*[(point.context, point.nats, point.error) for point in of])
+        axis.errorbar(*line, marker=".", capsize=2, label=name)
+    report.length_axis(axis, distinct(points, "context"))
     axis.set(ylabel=f"loss of the last {TARGETS} tokens, nats")
     axis.legend(fontsize=8)
     figure.savefig(out, dpi=120)
@@ -97,20 +92,18 @@ def plot(points: list[Point], out: Path) -> None:
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = report.checkpoint_command("loss_by_position", __doc__, "loss-by-position")
+    parser = report.checkpoint_command("loss_by_position", __doc__)
     default = "tokens (default: 128, 256, ... to 16 times the trained length)"
     parser.add_argument("--contexts", nargs="+", type=int, help=default)
     parser.add_argument("--windows", type=int, default=100)
     args = parser.parse(argv)
     report.at_least(1, windows=args.windows)
-    models, corpus = report.opened(args)
-    contexts = args.contexts
-    if contexts is None:
-        (longest,) = report.lengths_of(None, [16], models, "--contexts")
-        contexts = [TARGETS * 2**i for i in range(32) if TARGETS * 2**i <= longest]
-    contexts = sorted(set(contexts))
-    if min(contexts) < TARGETS:
-        raise ValueError(f"--contexts {min(contexts)} must be at least the {TARGETS} targets")
+    models, corpus = report.open_checkpoints(args)
+    contexts = report.lengths_of(args.contexts, [16], models, "--contexts")
+    if args.contexts is None:
+        contexts = [TARGETS * 2**i for i in range(32) if TARGETS * 2**i <= contexts[0]]
+    least = min(contexts)
+    require(least >= TARGETS, f"--contexts {least} must be at least the {TARGETS} targets")
 
     eot = corpus.tokenizer.eot_token
     chosen = windows(corpus.val, eot, contexts[-1], args.windows)

@@ -22,8 +22,8 @@ from data.needles import TASKS, Example, Needles
 from engine import prefill
 from evaluate import TIMES, mean_and_error
 from lab import report
-from lab.report import distinct
-from model import Transformer
+from lab.report import distinct, grouped
+from model import Transformer, require
 
 SHADES = " ░▒▓█"
 
@@ -56,8 +56,7 @@ def score(model: Transformer, example: Example) -> tuple[float, float]:
         first, n = int((example.answer == question).argmax()), wrong.shape[1]
         right = tokens[:, first : first + n]
         candidates = torch.cat((right, torch.from_numpy(wrong).to(device)))  # (8 n)
-        logits = prefill(model, tokens[:, seen:first], cache)[:, None]
-        logits = logits.expand(len(candidates), -1, -1)
+        logits = prefill(model, tokens[:, seen:first], cache).expand(len(candidates), 1, -1)
         if n > 1:
             rest = model(candidates[:, :-1], cache=cache.fork(len(candidates)))
             logits = torch.cat((logits, rest), dim=1)
@@ -93,63 +92,56 @@ def percent(depth: float | None) -> str:
 
 
 def heat_map(cells: list[Cell]) -> str:
-    """One checkpoint on one task, cells by growing length: a row a depth, a column a length."""
+    """One checkpoint on one task: a row a depth, a column a length."""
     title = "exact / likelihood by the depth of the needle asked first"
-    lines = [
-        f"{cells[0].checkpoint}, {cells[0].task}: {title}",
-        "  depth " + "".join(f"{n:>16,}" for n in distinct(cells, "length")),
-    ]
-    for depth in distinct(cells, "depth"):
-        line = f"  {percent(depth):>5} "
-        for cell in (cell for cell in cells if cell.depth == depth):
+    text = f"{cells[0].checkpoint}, {cells[0].task}: {title}\n  depth "
+    text += "".join(f"{n:>16,}" for n in distinct(cells, "length"))
+    for depth, row in grouped(cells, "depth").items():
+        text += f"\n  {percent(depth):>5} "
+        for cell in row:
             shade = SHADES[round(cell.exact * (len(SHADES) - 1))] * 2
-            line += f"   {shade} {cell.exact:.2f} / {cell.likelihood:.2f}"
-        lines.append(line)
-    return "\n".join(lines)
+            text += f"   {shade} {cell.exact:.2f} / {cell.likelihood:.2f}"
+    return text
 
 
 def comparison(cells: list[Cell]) -> str:
-    """A row a checkpoint and task, a column a length: means over depths, with the standard error of
+    """A row a task and checkpoint, a column a length: means over depths, with the standard error of
     the exact match."""
-    tasks, names, lengths = (distinct(cells, key) for key in ("task", "checkpoint", "length"))
-    width = max(map(len, names))
-    lines = [
-        "exact ± error / likelihood, over all depths",
-        " " * (width + 20) + "".join(f"{n:>20,}" for n in lengths),
-    ]
-    for task, name in product(tasks, names):
-        line = f"{name:<{width}}  {task:<18}"
-        for n in lengths:
-            of = [c for c in cells if (c.task, c.checkpoint, c.length) == (task, name, n)]
-            exact, likely = np.mean([(c.exact, c.likelihood) for c in of], axis=0)
-            error = np.sqrt(np.sum([c.exact_error**2 for c in of])) / len(of)
-            line += f"{f'{exact:.2f} ± {error:.2f} / {likely:.2f}':>20}"
-        lines.append(line)
-    return "\n".join(lines)
+    width = max(len(cell.checkpoint) for cell in cells)
+    text = "exact ± error / likelihood, over all depths\n" + " " * (width + 20)
+    text += "".join(f"{n:>20,}" for n in distinct(cells, "length"))
+    for task, of_task in grouped(cells, "task").items():
+        for name, row in grouped(of_task, "checkpoint").items():
+            text += f"\n{name:<{width}}  {task:<18}"
+            for of in grouped(row, "length").values():
+                exact, likely = np.mean([(cell.exact, cell.likelihood) for cell in of], axis=0)
+                error = np.linalg.norm([cell.exact_error for cell in of]) / len(of)
+                text += f"{f'{exact:.2f} ± {error:.2f} / {likely:.2f}':>20}"
+    return text
 
 
 def plot(cells: list[Cell], out: Path) -> None:
     """A heat map of exact match for each task (rows) and checkpoint (columns)."""
-    cells = sorted(cells, key=lambda cell: cell.length)
-    tasks, names = distinct(cells, "task"), distinct(cells, "checkpoint")
-    size = 1 + 3.4 * len(names), 0.6 + 2.2 * len(tasks)
-    figure, axes = report.figure_of(*size, len(tasks), len(names), squeeze=False)
-    for (task, name), axis in zip(product(tasks, names), axes.flat):
-        of = [cell for cell in cells if (cell.task, cell.checkpoint) == (task, name)]
-        lengths, depths = distinct(of, "length"), distinct(of, "depth")
-        rows = [[c.exact for c in of if c.depth == depth] for depth in depths]
-        axis.imshow(rows, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45)
-        axis.set_yticks(range(len(depths)), map(percent, depths))
-        axis.set_title(f"{name}\n{task}", fontsize=8)
+    columns, rows = (len(distinct(cells, field)) for field in ("checkpoint", "task"))
+    size = 1 + 3.4 * columns, 0.6 + 2.2 * rows
+    figure, axes = report.figure_of(*size, rows, columns, squeeze=False)
+    for line, (task, of_task) in zip(axes, grouped(cells, "task").items()):
+        for axis, (name, of) in zip(line, grouped(of_task, "checkpoint").items()):
+            depths, lengths = grouped(of, "depth"), distinct(of, "length")
+            exact = [[cell.exact for cell in row] for row in depths.values()]
+            axis.imshow(exact, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45)
+            axis.set_yticks(range(len(depths)), map(percent, depths))
+            axis.set_title(f"{name}\n{task}", fontsize=8)
     figure.savefig(out, dpi=120)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = report.checkpoint_command("needles", __doc__, "needles")
-    add, tasks = parser.add_argument, ["single", "multi-key"]
+    parser = report.checkpoint_command("needles", __doc__)
+    add = parser.add_argument
+    tasks = ["single", "multi-key"]
     add("--task", nargs="+", default=tasks, help=f"of {', '.join(TASKS)} (default: {tasks})")
     add("--lengths", nargs="+", type=int, help="tokens (default: .5 to 16 x the trained length)")
     depths = "0 is the beginning, 1 just before the question"
@@ -159,16 +151,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse(argv)
     report.at_least(1, examples=args.examples)
     report.at_least(0, seed=args.seed)
-    if not all(0 <= depth <= 1 for depth in args.depths):
-        given = " ".join(map(str, args.depths))
-        raise ValueError(f"--depths {given}: a depth is between 0 (the beginning) and 1 (the end)")
-    models, corpus = report.opened(args)
+    for depth in args.depths:
+        inside = 0 <= depth <= 1
+        require(inside, f"--depths {depth}: a depth is between 0 (the beginning) and 1 (the end)")
+    models, corpus = report.open_checkpoints(args)
     needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
 
-    lengths = report.lengths_of(args.lengths, TIMES, models, "--lengths")
-    tasks = list(dict.fromkeys(args.task))
     wanted = []
-    for task, length in product(tasks, lengths):
+    lengths = report.lengths_of(args.lengths, TIMES, models, "--lengths")
+    for task, length in product(dict.fromkeys(args.task), lengths):
         depths = [None] if task == "aggregation" else dict.fromkeys(args.depths)
         wanted += [(task, length, depth, args.examples, args.seed) for depth in depths]
     for cell in wanted:
@@ -176,11 +167,12 @@ def main(argv: list[str] | None = None) -> None:
 
     every = report.progress(list(product(models.items(), wanted)))
     cells = [measure(model, needles, name, *cell) for (name, model), cell in every]
-    shown = sorted(cells, key=lambda cell: (tasks.index(cell.task), cell.length))
-    maps = []
-    for name, task in product(models, tasks):
-        maps.append(heat_map([c for c in shown if (c.checkpoint, c.task) == (name, task)]))
-    report.write(cells, args.out, plot, "\n\n".join([*maps, comparison(shown)]))
+    maps = [
+        heat_map(of)
+        for row in grouped(cells, "checkpoint").values()
+        for of in grouped(row, "task").values()
+    ]
+    report.write(cells, args.out, plot, "\n\n".join([*maps, comparison(cells)]))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
 """What the lab's commands share: checkpoints to measure, what-ifs, tables, plots and files."""
 
 import csv
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from checkpoint import read_json
 from commandline import CommandLine, choose_device
 from data.corpus import DEFAULT_CORPUS, Corpus, load_corpus
 from data.tokenizer import load_tokenizer
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, require
 from recipe import TREATMENT, parsed
 
-# Checkpoints --------------------------------------------------------------------------------------
 
-
-def checkpoint_command(name: str, description: str, out: str) -> CommandLine:
-    """A command over checkpoints: their folders, --set, --data, --device and --out."""
+def checkpoint_command(name: str, description: str) -> CommandLine:
+    """The command lab.`name` over checkpoints: their folders, --set, --data, --device and --out."""
     parser = CommandLine(prog=f"python -m lab.{name}", description=description)
     add = parser.add_argument
+    out = name.replace("_", "-")
     add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
     what = "positions treated otherwise: pattern=rrrR rope_theta=2e6"
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=what)
@@ -33,15 +31,30 @@ def checkpoint_command(name: str, description: str, out: str) -> CommandLine:
     return parser
 
 
-def opened(args: Namespace) -> tuple[dict[str, Transformer], Corpus]:
-    """The models of a checkpoint command under --set, by the name that its tables give them, and
-    their corpus. OSError or ValueError where one cannot be measured, or --out not be written."""
+def open_checkpoints(args: Namespace) -> tuple[dict[str, Transformer], Corpus]:
+    """The models of such a command under --set, by path and settings, and the corpus to measure all
+    of them on: --data, else the runs' own, else the default. OSError or ValueError: where --out
+    cannot be written, runs with different corpora, or a corpus with another tokenizer, included."""
     device, _ = choose_device(args.device)
-    models, corpus = open_checkpoints(args.checkpoints, args.data, device)
-    for model in models.values():
+    models = {}
+    for path in args.checkpoints:
+        model = Transformer.from_pretrained(path, device)
         model.config = what_if(model.config, args.set)
+        models[" ".join([str(path), *args.set])] = model
+
+    wanted = {args.data or corpus_of(path) for path in args.checkpoints}
+    corpora = [load_corpus(folder) for folder in wanted]
+    folders = ", ".join(sorted(str(corpus.folder) for corpus in corpora))
+    one = len({corpus.hash for corpus in corpora}) == 1
+    require(one, f"these runs have different corpora ({folders}): choose one with --data")
+    for path in args.checkpoints:
+        same = load_tokenizer(path).hash == corpora[0].tokenizer.hash
+        differ = (
+            f"the checkpoint {path} and the corpus {corpora[0].folder} have different tokenizers"
+        )
+        require(same, f"{differ}: give the checkpoint's own corpus with --data")
     check_out(args.out)
-    return {" ".join([path, *args.set]): model for path, model in models.items()}, corpus
+    return models, corpora[0]
 
 
 def what_if(config: ModelConfig, settings: list[str]) -> ModelConfig:
@@ -51,76 +64,52 @@ def what_if(config: ModelConfig, settings: list[str]) -> ModelConfig:
     changes = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
-        if name not in TREATMENT or not equals:
-            near = get_close_matches(name, TREATMENT, n=1, cutoff=0.5)
-            mend = f"did you mean {near[0]}=...?" if near else f"it takes {', '.join(TREATMENT)}"
-            if name in kinds and name not in TREATMENT:
-                mend = f"{name} is part of the trained model"
-            raise ValueError(f"--set {setting} is no FIELD=VALUE that can change: {mend}")
+        near = get_close_matches(name, TREATMENT, n=1, cutoff=0.5)
+        mend = f"did you mean {near[0]}=...?" if near else f"it takes {', '.join(TREATMENT)}"
+        if name in kinds and name not in TREATMENT:
+            mend = f"{name} is part of the trained model"
+        known = name in TREATMENT and equals
+        require(known, f"--set {setting} is no FIELD=VALUE that can change: {mend}")
         changes[name] = parsed(kinds[name], value, f"--set {name}")
-    if changes.get("length_scale") == "ssmax" != config.length_scale:
-        raise ValueError("--set length_scale=ssmax: the model was trained without its weights")
+    owned = changes.get("length_scale") != "ssmax" or config.length_scale == "ssmax"
+    require(owned, "--set length_scale=ssmax: the model was trained without its weights")
     return replace(config, **changes)
-
-
-def open_checkpoints(
-    paths: list[Path], data: Path | None, device: torch.device
-) -> tuple[dict[str, Transformer], Corpus]:
-    """The model in each folder, by path, and the corpus to measure all of them on: `data`, else the
-    runs' own, else the default. OSError or ValueError: runs with different corpora, or a corpus
-    with another tokenizer, included."""
-    models = {str(path): Transformer.from_pretrained(path, device) for path in paths}
-    corpora = [load_corpus(folder) for folder in {data or corpus_of(path) for path in paths}]
-    if len({corpus.hash for corpus in corpora}) > 1:
-        folders = ", ".join(sorted(str(corpus.folder) for corpus in corpora))
-        raise ValueError(f"these runs have different corpora ({folders}): choose one with --data")
-    for path in paths:
-        if load_tokenizer(path).hash != corpora[0].tokenizer.hash:
-            raise ValueError(
-                f"the checkpoint {path} and the corpus {corpora[0].folder} have different "
-                "tokenizers: give the checkpoint's own corpus with --data"
-            )
-    return models, corpora[0]
 
 
 def corpus_of(checkpoint: Path) -> Path:
     """The corpus of a checkpoint's run, the default where it is not recorded."""
     record = Path(checkpoint).absolute().parent / "run.json"
     try:
-        return Path(json.loads(record.read_bytes())["recipe"]["data"])
+        return Path(read_json(record)["recipe"]["data"])
     except FileNotFoundError:
         return DEFAULT_CORPUS
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{record} is damaged ({error}): name the corpus with --data") from None
 
 
 def lengths_of(
     given: list[int] | None, times: Sequence[float], models: dict[str, Transformer], flag: str
 ) -> list[int]:
-    """The lengths given with a flag, in tokens, else so many times the shortest trained length.
-    ValueError where a model does not say its own."""
-    if given:
-        return list(dict.fromkeys(given))
-    trained = {name: model.config.trained_length for name, model in models.items()}
-    for name, length in trained.items():
-        if length is None:
-            raise ValueError(f"{name} does not say its trained length: give {flag}")
-    return [int(factor * min(trained.values())) for factor in times]
+    """The lengths given with a flag, in tokens, else so many times the shortest trained length:
+    growing. ValueError where a model does not say its own."""
+    if given is None:
+        trained = [model.config.trained_length for model in models.values()]
+        for name, length in zip(models, trained):
+            require(length is not None, f"{name} does not say its trained length: give {flag}")
+        given = [int(factor * min(trained)) for factor in times]
+    return sorted(set(given))
 
 
 def at_least(least: int, **values: int) -> None:
     """ValueError for a flag's value below `least`."""
     for name, value in values.items():
-        if value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        flag = f"--{name.replace('_', '-')}"
+        require(value >= least, f"{flag} {value} must be at least {least}")
 
 
 def progress(items: Iterable, total: int | None = None) -> Iterable:
     """The items, with a bar where the output is a terminal."""
     return tqdm(items, total=total, leave=False, disable=None)
-
-
-# Files and tables ---------------------------------------------------------------------------------
 
 
 def check_out(out: Path) -> None:
@@ -140,7 +129,7 @@ def write_rows(rows: list, path: Path) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(map(asdict, rows))
 
 
 def write(rows: list, out: Path, plot: Callable, text: str) -> None:
@@ -150,18 +139,23 @@ def write(rows: list, out: Path, plot: Callable, text: str) -> None:
     print(f"{text}\nwritten to {out}.csv and {out}.png")
 
 
+def grouped(rows: Iterable, field: str) -> dict:
+    """The rows by their value of a field, each value where it comes first."""
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(getattr(row, field), []).append(row)
+    return groups
+
+
 def distinct(rows: Iterable, field: str) -> list:
     """The values of a field, each once, in order."""
-    return list(dict.fromkeys(getattr(row, field) for row in rows))
+    return list(grouped(rows, field))
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = (head, ["---"] * len(head), *rows)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-# Plots --------------------------------------------------------------------------------------------
 
 
 def figure_of(width: float, height: float, *shape: int, **options):

@@ -3,14 +3,15 @@
 python -m lab.table out/laptop-* --title "The laptop recipe" --plot results/laptop.png
 """
 
-import json
 import shlex
 from pathlib import Path
 from statistics import median
 
+from checkpoint import read_json
 from commandline import CommandLine, guarded
 from lab.curves import read_log
 from lab.report import figure_of, length_axis, markdown
+from model import require
 
 LEARNED = 0.8  # exact match at the trained length; below, a row says nothing about length
 PAGE = """\
@@ -36,44 +37,44 @@ length."""
 
 
 def read_run(folder: Path) -> dict:
-    """What a finished run recorded: its run.json, its final entry, and the seconds its steps took.
-    Raises OSError or ValueError."""
+    """What a finished run recorded: its run.json, its final entry, the seconds that its steps took,
+    and from these its pattern, its command without the folder that it was told to write to, its
+    longest trained length in tokens, and its needle scores by length. Raises OSError or
+    ValueError."""
     entries, path = read_log(folder), folder / "run.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: give the folder of a run")
-    final = next((e for e in reversed(entries) if e.get("final")), None)
-    if final is None:
-        raise ValueError(f"{folder} has no final evaluation: let it finish, with --resume {folder}")
+    final = next((entry for entry in reversed(entries) if entry.get("final")), None)
+    unfinished = f"{folder} has no final evaluation: let it finish, with --resume {folder}"
+    require(final is not None, unfinished)
     try:
-        record = json.loads(path.read_bytes())
-        record["recipe"]["model"], record["arguments"], record["threads"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        run = read_json(path)
+        model, words = run["recipe"]["model"], list(run["arguments"])
+        if "--out" in words:
+            del words[words.index("--out") : words.index("--out") + 2]
+        return run | {
+            "final": final,
+            "seconds": sum(entry.get("seconds", 0) for entry in entries),
+            "name": f"`{model['pattern']}`" + (" QK-Norm" if model["qk_norm"] else ""),
+            "command": shlex.join(["python", "train.py", *words]),
+            "trained": max(int(n) for phase in run["recipe"]["phase"] for n in phase["lengths"]),
+            "scores": {score["length"]: score for score in final["table"]},
+        }
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): run it again") from None
-    return record | {"final": final, "seconds": sum(e.get("seconds", 0) for e in entries)}
-
-
-def command(run: dict) -> str:
-    """The command that made a run, without the folder that it was told to write to."""
-    words = list(run["arguments"])
-    if "--out" in words:
-        del words[words.index("--out") : words.index("--out") + 2]
-    return shlex.join(["python", "train.py", *words])
 
 
 def page(runs: list[dict], title: str) -> str:
     """Markdown: how it was measured, then a row a run."""
-    scores = runs[0]["final"]["table"]
-    lengths = [score["length"] for score in scores]
+    scores = runs[0]["scores"]
     head = ["pattern", "seed", "nats per token", "bits per byte"]
-    head += [*(f"{n:,}" for n in lengths), "minutes", ""]
+    head += [*(f"{n:,}" for n in scores), "minutes", ""]
     machines = {}
     for key in ("corpus", "python", "torch", "device", "threads"):
         machines[key] = ", ".join(sorted({str(run[key]) for run in runs}))
     return PAGE.format(
         title=title,
-        questions=scores[0]["questions"] if scores else 0,
-        commands="\n".join(map(command, runs)),
-        table=markdown(head, [row(run, lengths) for run in runs]),
+        questions=max((score["questions"] for score in scores.values()), default=0),
+        commands="\n".join(run["command"] for run in runs),
+        table=markdown(head, [row(run, list(scores)) for run in runs]),
         learned=LEARNED,
         **machines,
     )
@@ -81,46 +82,32 @@ def page(runs: list[dict], title: str) -> str:
 
 def row(run: dict, lengths: list[int]) -> list[str]:
     """A run's cells."""
-    final, trained = run["final"], trained_length(run)
-    scores = {score["length"]: score for score in final["table"]}
-    cells = [name_of(run), str(run["recipe"]["seed"])]
+    final, scores = run["final"], run["scores"]
+    cells = [run["name"], str(run["recipe"]["seed"])]
     cells += [f"{final['val_loss']:.3f}", f"{final['val_bits_per_byte']:.3f}"]
     for n in lengths:
         score = scores.get(n)
         cells.append(f"{score['exact']:.2f} ± {score['error']:.2f}" if score else "")
-    learned = trained in scores and scores[trained]["exact"] >= LEARNED
+    trained = scores.get(run["trained"], {"exact": 0})
+    learned = trained["exact"] >= LEARNED
     return [*cells, f"{run['seconds'] / 60:.1f}", "" if learned else "not learned in this time"]
 
 
 def plot(runs: list[dict], out: Path) -> None:
     """Exact match against context length, a line for each pattern, with its seeds' range."""
     figure, axis = figure_of(7, 3.6)
-    patterns: dict[str, list[dict]] = {}
-    for run in runs:
-        scores = {score["length"]: score["exact"] for score in run["final"]["table"]}
-        patterns.setdefault(name_of(run).replace("`", ""), []).append(scores)
-    for name, seeds in patterns.items():
+    for name in dict.fromkeys(run["name"] for run in runs):
+        seeds = [run["scores"] for run in runs if run["name"] == name]
         lengths = sorted(set.intersection(*map(set, seeds)))
-        values = [[scores[n] for scores in seeds] for n in lengths]
-        (line,) = axis.plot(lengths, list(map(median, values)), marker="o", label=name)
-        low, high = list(map(min, values)), list(map(max, values))
+        values = [[scores[n]["exact"] for scores in seeds] for n in lengths]
+        middle, low, high = (list(map(of, values)) for of in (median, min, max))
+        (line,) = axis.plot(lengths, middle, marker="o", label=name.replace("`", ""))
         axis.fill_between(lengths, low, high, color=line.get_color(), alpha=0.15)
-    axis.axvline(trained_length(runs[0]), color="gray", linestyle=":", label="trained length")
+    axis.axvline(runs[0]["trained"], color="gray", linestyle=":", label="trained length")
     length_axis(axis, lengths)
     axis.set(ylabel="needles found (exact match)", ylim=(-0.03, 1.03))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(out, dpi=120)
-
-
-def name_of(run: dict) -> str:
-    """The pattern, as Markdown."""
-    model = run["recipe"]["model"]
-    return f"`{model['pattern']}`" + (" QK-Norm" if model["qk_norm"] else "")
-
-
-def trained_length(run: dict) -> int:
-    """The longest length of the recipe, in tokens."""
-    return max(int(n) for phase in run["recipe"]["phase"] for n in phase["lengths"])
 
 
 @guarded

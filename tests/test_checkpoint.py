@@ -8,8 +8,12 @@ included, is 4e-6. 2e-5 leaves five times that for other machines, and the small
 """
 
 import json
+import math
+import random
+import time
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -556,6 +560,16 @@ def test_sample_runs_a_hugging_face_folder(tmp_path, capsys):
         ("tie_word_embeddings", None, "tie_word_embeddings None"),
         ("tie_word_embeddings", 1, "tie_word_embeddings 1"),
         ("logit_scale", None, "logit_scale None"),
+        ("logit_scale", math.nan, "logit_scale nan"),
+        ("rope_theta", math.inf, "rope_theta inf"),
+        ("rope_theta", 10**400, "rope_theta 1000"),
+        ("vocab_size", 2**64, "vocab_size 18446744073709551616"),
+        ("intermediate_size", 2**50, "d_ff 1125899906842624"),
+        ("num_hidden_layers", 2**62, "num_hidden_layers 4611686018427387904"),
+        ("num_hidden_layers", 2_000_001, "num_hidden_layers 2000001"),
+        ("layer_types", [["full_attention"]] * 4, "layer_types [['full_attention']"),
+        ("layer_types", ["\x1b[2J" * 9999] * 4, "layer_types ['\\x1b[2J"),
+        ("model_type", ["cohere2"], "model_type ['cohere2']"),
     ],
 )
 def test_config_that_asks_for_another_model_is_refused(tmp_path, key, value, words):
@@ -564,7 +578,41 @@ def test_config_that_asks_for_another_model_is_refused(tmp_path, key, value, wor
     with pytest.raises(ValueError) as refusal:
         Transformer.from_pretrained(tmp_path)
     message = str(refusal.value)
-    assert words in message and "config.json" in message and "\n" not in message, message
+    assert words in message and "config.json" in message and message.isprintable(), message
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("tie_embeddings", "false", "tie_embeddings 'false' is no bool"),
+        ("trained_length", 1.5, "trained_length 1.5 is no int"),
+        ("trained_length", 2**64, "trained_length 18446744073709551616"),
+        ("qk_norm", 1, "qk_norm 1 is no bool"),
+        ("n_layer", True, "n_layer True is no int"),
+        ("n_layer", 2_000_000, "n_layer 2000000"),
+        ("d_ff", 2**50, "d_ff 1125899906842624"),
+        ("d_ff", 10**400, "d_ff 1000"),
+        ("vocab_size", None, "vocab_size None is no int"),
+        ("window", [7], "window [7] is no int"),
+        ("pattern", {"a": "\x1b[2J"}, "pattern {'a': '\\x1b[2J'}"),
+        ("logit_scale", math.nan, "logit_scale nan is not finite"),
+        ("norm_eps", -math.inf, "norm_eps -inf is not finite"),
+        ("rope_theta", "1e4", "rope_theta '1e4' is no float"),
+        ("rope_factor", 1e300, "rope_factor 1e+300"),
+        ("\x1b[2J", 1, "unknown key '\\x1b[2J'"),
+    ],
+)
+def test_our_own_config_is_typed(tmp_path, key, value, words):
+    """As strictly as Cohere2's; and what no computer holds is refused before it is built."""
+    our_model(qk_norm=True).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=r"config\.json makes no model: ") as refusal:
+        Transformer.from_pretrained(tmp_path)
+    message = str(refusal.value)
+    assert words in message and message.isprintable() and len(message) < 1000, message
+    assert time.perf_counter() - started < 2
 
 
 @pytest.mark.parametrize(
@@ -587,7 +635,10 @@ def test_yarn_with_other_constants_is_refused(tmp_path, key, value):
         "original_max_position_embeddings": 32,
         "rope_theta": 10000.0,
     }
-    for accepted in ({}, dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None)):
+    written_out = dict(beta_fast=32, beta_slow=1, truncate=True)
+    own = 0.1 * math.log(4) + 1
+    for factor in (None, own, float(np.float32(own))):
+        accepted = dict(written_out, attention_factor=factor)
         (tmp_path / "config.json").write_text(
             json.dumps(older_config(rope_parameters=rope | accepted))
         )
@@ -606,7 +657,8 @@ def test_missing_and_damaged_config(tmp_path):
         Transformer.from_pretrained(tmp_path / "nowhere")
     our_model(qk_norm=True).save_pretrained(tmp_path)
     whole = (tmp_path / "config.json").read_text()
-    for damaged in ("", whole[: len(whole) // 2], whole[:-3], "[]", "null", "\0" * 40, '"cohere2"'):
+    wrong = ("", whole[: len(whole) // 2], whole[:-3], "[]", "null", "\0" * 40, '"cohere2"')
+    for damaged in (*wrong, "[" * 100_000, '{"a":' * 100_000):
         (tmp_path / "config.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"config\.json is damaged") as refusal:
             Transformer.from_pretrained(tmp_path)
@@ -645,6 +697,45 @@ def test_tensors_that_are_not_the_models_are_named(tmp_path):
     ):
         assert part in message, message
     assert "\n" not in message
+
+
+def test_control_characters_in_names_are_shown_escaped(tmp_path):
+    our_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    strange = {"model.\x1b[31mred\n": torch.zeros(2), "y" * 9999: torch.zeros(2)}
+    safetensors_torch.save_file(safetensors_torch.load_file(file) | strange, file)
+    with pytest.raises(
+        ValueError, match=r"model\.\\x1b\[31mred\\n is not in this model"
+    ) as refusal:
+        Transformer.from_pretrained(tmp_path)
+    assert str(refusal.value).isprintable() and len(str(refusal.value)) < 1000
+
+
+def test_frequencies_beside_the_weights(tmp_path):
+    """Buffers that older versions of transformers saved."""
+    ours = our_model()
+    ours.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    frequencies = 10_000.0 ** -(torch.arange(0, 8, 2) / 8)
+    names = ("model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq")
+    more = {name: frequencies.clone() for name in names}
+    safetensors_torch.save_file(safetensors_torch.load_file(file) | more, file)
+    assert equal_weights(Transformer.from_pretrained(tmp_path).state_dict(), ours.state_dict())
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    """Twice the same is the same model; twice another is none."""
+    their_model().save_pretrained(tmp_path, max_shard_size="60KB")
+    whole = Transformer.from_pretrained(tmp_path).state_dict()
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    name, tensor = next(iter(safetensors_torch.load_file(first).items()))
+    others = safetensors_torch.load_file(second)
+    safetensors_torch.save_file(others | {name: tensor}, second)
+    assert equal_weights(Transformer.from_pretrained(tmp_path).state_dict(), whole)
+    safetensors_torch.save_file(others | {name: tensor + 1e-3}, second)
+    plain = name.removeprefix("model.")
+    with pytest.raises(ValueError, match=f"{plain} is there twice, with different values"):
+        Transformer.from_pretrained(tmp_path)
 
 
 def test_redundant_tied_head(tmp_path):
@@ -701,6 +792,10 @@ def test_damaged_shards(tmp_path):
     first.rename(tmp_path / "outside.safetensors")
     with pytest.raises(FileNotFoundError, match=f"{first.name} not found"):
         Transformer.from_pretrained(folder)
+    name = "\x1b[2J\n.safetensors"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(FileNotFoundError, match=r"\\x1b\[2J\\n.safetensors not found"):
+        Transformer.from_pretrained(folder)
     for name in (
         "../outside.safetensors",
         str(tmp_path / "outside.safetensors"),
@@ -711,10 +806,88 @@ def test_damaged_shards(tmp_path):
         index.write_text(whole.replace(first.name, name))
         with pytest.raises(ValueError, match="same folder"):
             Transformer.from_pretrained(folder)
-    for damaged in ("{}", whole[:50], '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+    wrong = ("{}", whole[:50], '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000)
+    for damaged in wrong:
         index.write_text(damaged)
         with pytest.raises(ValueError, match=r"index\.json is damaged"):
             Transformer.from_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------
+# Anything at all
+
+VALUES = [0, 1, -1, 2, 7, 63, 10**400, 2**62, 2**63, 1.5, 1e300, 1e-320, math.nan, -math.inf]
+VALUES += [True, None, "", "rN", "x" * 999, "\x1b[2J", [], [[1]] * 4, {}, {"rope_type": "yarn"}]
+VALUES += [{"rope_type": "linear", "factor": 1e300}, ["full_attention"] * 4, "yarn", "\ud800"]
+
+
+def mutated_object(raw: dict, rng: random.Random) -> bytes:
+    """A JSON object with some values changed, some keys gone; or with some bytes changed."""
+    raw = dict(raw)
+    for key in rng.sample(list(raw), rng.randrange(1, 4)):
+        raw[key] = rng.choice(VALUES)
+        if rng.random() < 0.1:
+            del raw[key]
+    content = json.dumps(raw).encode()
+    return mutated_bytes(content, rng) if rng.random() < 0.3 else content
+
+
+def mutated_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Bytes replaced, cut off, doubled, or nested."""
+    at, n = rng.randrange(len(content)), rng.randrange(1, 20)
+    middle = [rng.randbytes(n), b"", content[at : at + n] * 2, b"[" * n, b"9" * n][rng.randrange(5)]
+    return content[:at] + middle + (content[at + n :] if rng.random() < 0.8 else b"")
+
+
+def check_accepted_or_one_line(folder) -> bool:
+    """The folder is a model, or one printable line of ValueError or OSError, at once."""
+    started = time.perf_counter()
+    try:
+        model = Transformer.from_pretrained(folder)
+        model.rotary_table(torch.arange(9))
+        model.save_pretrained(folder / "again")
+        return True
+    except (ValueError, OSError) as error:
+        message = str(error)
+        assert message.isprintable() and len(message) < 3000, message
+        return False
+    finally:
+        assert time.perf_counter() - started < 3
+
+
+@pytest.mark.parametrize("kind", ["ours", "Cohere2", "4.48"])
+def test_mutated_configs_are_accepted_or_one_line(tmp_path, kind):
+    our_model(qk_norm=kind == "ours").save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    whole = older_config() if kind == "4.48" else whole
+    rng, accepted = random.Random(kind), 0
+    for _ in range(150):
+        (tmp_path / "config.json").write_bytes(mutated_object(whole, rng))
+        accepted += check_accepted_or_one_line(tmp_path)
+    assert 0 < accepted < 120
+
+
+def test_mutated_headers_are_accepted_or_one_line(tmp_path):
+    """Of safetensors: eight bytes of length, then JSON; its text, or anything in it."""
+    our_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, rng, accepted = json.loads(whole[8 : 8 + length]), random.Random(3), 0
+    others = [{"dtype": "F8_E4M3"}, {"dtype": "BOOL"}, {"shape": []}, {"shape": [2**62, 2]}]
+    others += [{"data_offsets": [0, 4]}, {"shape": [-1]}, {"dtype": "BF16"}, {}, {"more": 1}]
+    for _ in range(250):
+        changed = dict(header)
+        name = rng.choice(list(header))
+        tensor = changed.pop(name) if rng.random() < 0.3 else changed[name]
+        key = rng.choice([name, "lm_head.weight", "\x1b[2J", "", "inv_freq"])
+        changed[key] = rng.choice([tensor | rng.choice(others), rng.choice(VALUES)])
+        text = json.dumps(changed).encode()
+        text = mutated_bytes(text, rng) if rng.random() < 0.3 else text
+        size = len(text).to_bytes(8, "little") if rng.random() < 0.9 else rng.randbytes(8)
+        file.write_bytes(size + text + whole[8 + length :])
+        accepted += check_accepted_or_one_line(tmp_path)
+    assert 0 < accepted < 200
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ import multiprocessing
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from attention import visible_pairs
 from data.corpus import load_corpus
@@ -106,16 +108,8 @@ def write_run(folder, pattern, exact, seed=1):
 def test_the_table_of_runs(tmp_path, capsys):
     write_run(tmp_path / "a", "rrrN", 0.95)
     write_run(tmp_path / "b", "R", 0.5)
-    table.main(
-        [
-            str(tmp_path / "a"),
-            str(tmp_path / "b"),
-            "--title",
-            "T",
-            "--plot",
-            str(tmp_path / "t.png"),
-        ]
-    )
+    runs_of = f"{tmp_path / 'a'} {tmp_path / 'b'}"
+    table.main(f"{runs_of} --title T --plot {tmp_path / 't.png'}".split())
     text = capsys.readouterr().out
     assert text.startswith("# T\n") and "\npython train.py --pattern rrrN\n" in text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
@@ -289,18 +283,14 @@ def test_likelihood_equals_a_slow_loop(corpus_folder, checkpoint, task):
             (span,) = np.nonzero(example.answer == question)
             nll = []
             for candidate in (example.tokens[span], *wrong):
-                tokens = torch.from_numpy(np.concatenate((example.tokens[: span[0]], candidate)))[
-                    None
-                ]
+                sequence = np.concatenate((example.tokens[: span[0]], candidate))
+                tokens = torch.from_numpy(sequence)[None]
+                targets = tokens[0, span[0] :]
                 with torch.no_grad():
                     logits = model(tokens)[0, span[0] - 1 : -1]
-                nll.append(
-                    torch.nn.functional.cross_entropy(
-                        logits, tokens[0, span[0] :], reduction="sum"
-                    ).item()
-                )
+                nll.append(F.cross_entropy(logits, targets, reduction="sum").item())
                 if len(nll) == 1:
-                    exact.append((logits.argmax(-1) == tokens[0, span[0] :]).all().item())
+                    exact.append((logits.argmax(-1) == targets).all().item())
             likely.append(nll[0] < min(nll[1:]))
         expected = (np.mean(exact), np.mean(likely))
         assert needles.score(model, example) == expected
@@ -310,34 +300,15 @@ def test_likelihood_equals_a_slow_loop(corpus_folder, checkpoint, task):
 
 
 def test_needles_command(corpus_folder, checkpoint, tmp_path, capsys):
-    tasks = ["single", "aggregation"]
-    needles.main(
-        [
-            str(checkpoint),
-            "--data",
-            str(corpus_folder),
-            "--task",
-            *tasks,
-            "--lengths",
-            "200",
-            "300",
-            "--depths",
-            "0",
-            "1",
-            "--examples",
-            "2",
-            "--out",
-            str(tmp_path / "n"),
-        ]
-    )
+    cells = "--task single aggregation --lengths 300 200 --depths 0 1 --examples 2"
+    where = f"--data {corpus_folder} --out {tmp_path / 'n'}"
+    needles.main(f"{checkpoint} {cells} {where}".split())
     text = capsys.readouterr().out
-    assert (
-        f"{checkpoint}, single: exact / likelihood by the depth" in text
-        and text.count("\n   100%") == 1
-        and text.count("\n    any") == 1
-    )
+    assert f"{checkpoint}, single: exact / likelihood by the depth" in text
+    assert text.count("\n   100%") == text.count("\n    any") == 1
     rows = (tmp_path / "n.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 2 + 2 and rows[1].startswith(f"{checkpoint},single,200,0.0,2,")
+    assert len(rows) == 1 + 2 * 2 + 2
+    assert rows[1].startswith(f"{checkpoint},single,200,0.0,2,")  # lengths grow
     assert (tmp_path / "n.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -361,37 +332,19 @@ def test_windows_lie_inside_documents_and_share_no_target():
 def test_loss_by_position(corpus_folder, checkpoint, tmp_path, capsys):
     corpus, model = load_corpus(corpus_folder), Transformer.from_pretrained(checkpoint)
     (_, end), *_ = loss_by_position.windows(corpus.val, corpus.tokenizer.eot_token, 600, 1)
+    eot = corpus.tokenizer.eot_token
     for context in (128, 600):
-        sequence = torch.tensor(
-            [[corpus.tokenizer.eot_token, *corpus.val[end - context : end].tolist()]]
-        )
+        sequence = torch.tensor([[eot, *corpus.val[end - context : end].tolist()]])
         with torch.no_grad():
-            plain = torch.nn.functional.cross_entropy(
-                model(sequence[:, :-1])[0, -128:], sequence[0, -128:]
-            ).item()
-        assert loss_by_position.loss(
-            model, corpus.val, end, context, corpus.tokenizer.eot_token
-        ) == pytest.approx(plain, rel=1e-5)
-    loss_by_position.main(
-        [
-            str(checkpoint),
-            "--data",
-            str(corpus_folder),
-            "--windows",
-            "4",
-            "--contexts",
-            "128",
-            "256",
-            "--out",
-            str(tmp_path / "l"),
-        ]
-    )
-    text = capsys.readouterr().out
-    assert (
-        "over 4 windows from" in text
-        and len((tmp_path / "l.csv").read_text().splitlines()) == 3
-        and (tmp_path / "l.png").exists()
-    )
+            logits = model(sequence[:, :-1])[0, -128:]
+        plain = F.cross_entropy(logits, sequence[0, -128:]).item()
+        found = loss_by_position.loss(model, corpus.val, end, context, eot)
+        assert found == pytest.approx(plain, rel=1e-5)
+    where = f"--data {corpus_folder} --out {tmp_path / 'l'}"
+    loss_by_position.main(f"{checkpoint} --windows 4 --contexts 128 256 {where}".split())
+    assert "over 4 windows from" in capsys.readouterr().out
+    assert len((tmp_path / "l.csv").read_text().splitlines()) == 3
+    assert (tmp_path / "l.png").exists()
 
 
 # What-ifs
@@ -422,6 +375,17 @@ def test_a_setting_measures_what_a_checkpoint_with_it_would(
     assert name == f"{checkpoint} pattern=rN window=5 rope_theta=2e6"
     assert rows["saved"] == f"{other},{numbers}"
     assert rows["plain"].split(",", 1)[1] != numbers
+
+
+@pytest.mark.parametrize("main", [needles.main, attention_mass.main])
+def test_every_command_over_checkpoints_takes_settings(main, corpus_folder, checkpoint, tmp_path):
+    """The layers that a measurement sees are those of the setting, and its rows say which."""
+    argv = f"{checkpoint} --data {corpus_folder} --lengths 200 --examples 1".split()
+    main([*argv, "--set", "pattern=rrrR", "--out", str(tmp_path / "m")])
+    _, *rows = (tmp_path / "m.csv").read_text().splitlines()
+    assert rows and all(row.startswith(f"{checkpoint} pattern=rrrR,") for row in rows)
+    if main is attention_mass.main:
+        assert "NoPE" not in (tmp_path / "m-heads.csv").read_text()
 
 
 @pytest.mark.parametrize(
@@ -608,19 +572,21 @@ def test_runs_of_different_corpora_are_not_compared(checkpoint, tmp_path, monkey
     paths = []
     for name in ("a", "b"):
         paths.append(shutil.copytree(checkpoint, tmp_path / name / "last"))
-        (tmp_path / name / "run.json").write_text(
-            json.dumps({"recipe": {"data": f"corpora/{name}"}})
-        )
+        record = {"recipe": {"data": f"corpora/{name}"}}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
     tokenizer = load_tokenizer(checkpoint)
-    monkeypatch.setattr(
-        report,
-        "load_corpus",
-        lambda folder: SimpleNamespace(folder=folder, hash=str(folder), tokenizer=tokenizer),
-    )
+    corpus_at = lambda folder: SimpleNamespace(folder=folder, hash=str(folder), tokenizer=tokenizer)
+    monkeypatch.setattr(report, "load_corpus", corpus_at)
+    parser = report.checkpoint_command("needles", "")
+    argv = [*map(str, paths), "--device", "cpu", "--out", str(tmp_path / "n")]
+    opened = lambda *more: report.open_checkpoints(parser.parse([*argv, *more]))
     with pytest.raises(ValueError, match="different corpora .*corpora/a, corpora/b.*--data"):
-        report.open_checkpoints(paths, None, torch.device("cpu"))
-    models, corpus = report.open_checkpoints(paths, "c", torch.device("cpu"))
-    assert list(models) == [str(path) for path in paths] and corpus.folder == "c"
+        opened()
+    models, corpus = opened("--data", "c")
+    assert list(models) == [str(path) for path in paths] and corpus.folder == Path("c")
     (tmp_path / "a" / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged.*--data"):
-        report.open_checkpoints(paths, None, torch.device("cpu"))
+        opened()
+    tokenizer = SimpleNamespace(hash="another")
+    with pytest.raises(ValueError, match="a/last and the corpus c have different tokenizers"):
+        opened("--data", "c")

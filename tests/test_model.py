@@ -729,3 +729,18 @@ def test_a_compiled_loss_at_one_length_after_another():
         )
         torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-11)
     torch._dynamo.reset()
+
+
+def test_a_compiled_loss_is_one_graph_and_guards_on_nothing_hidden():
+    """The second step, a new configuration that changes no layer, and evaluation between the steps
+    trace nothing anew."""
+    model, traced = tiny("rrrN"), []
+    loss = torch.compile(model.loss, backend=lambda graph, _: traced.append(graph) or graph)
+    tokens = text(2, 40)
+    for trained_length in (None, None, 40):
+        model.config = replace(model.config, trained_length=trained_length)
+        gradients(model, loss(tokens[:, :-1], tokens[:, 1:]))
+        with torch.no_grad():
+            model(tokens)
+    assert len(traced) == 1
+    torch._dynamo.reset()
