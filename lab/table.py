@@ -74,7 +74,7 @@ def page(runs: list[dict], title: str) -> str:
         title=title,
         questions=max((score["questions"] for score in scores.values()), default=0),
         commands="\n".join(run["command"] for run in runs),
-        table=markdown(head, [row(run, list(scores)) for run in runs]),
+        table=markdown(head, [row(run, list(scores)) for run in runs]).replace("|  |", "| |", 1),
         learned=LEARNED,
         **machines,
     )
