@@ -57,8 +57,8 @@ def rotary_table(positions: Tensor, frequencies: Tensor, amplitude: float = 1.0)
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """x (b h t d), each pair of dimensions (2i, 2i+1) turned by the angle of its position.
 
-    A rotation keeps norms, and <rotate(q, m), rotate(k, n)> depends on m - n alone: a position
-    enters as a distance. table (t d/2 2), or the same as complex numbers (t d/2).
+    A rotation keeps norms (YaRN's amplitude aside), and <rotate(q, m), rotate(k, n)> depends on
+    m - n alone: distance. table (t d/2 2), or the same as complex numbers (t d/2).
     """
     if table.is_complex():
         return rotate_complex(x, table)  # the lines below as one product
@@ -120,7 +120,7 @@ def reference(
     q: Tensor, k: Tensor, v: Tensor, window=None, q_pos=None, k_pos=None, collect=None
 ) -> Tensor:
     """The attention weights times v (b k s d) -> (b h t d). A list given as `collect` gets the
-    weights, and the positions of their keys."""
+    weights, and k_pos as it was given."""
     weights = attention_weights(q, k, window, q_pos, k_pos)
     if collect is not None:
         collect.append((weights, k_pos))
@@ -205,7 +205,7 @@ def check_positions(q: Tensor, k: Tensor, q_pos: Tensor | None, k_pos: Tensor | 
 class Shared:
     """What the layers of one forward share, made once by the model."""
 
-    table: Tensor  # rotary_table of the queries' positions
+    table: Tensor  # for rotate: complex (t d/2), or real (t d/2 2) where it is compiled
     scale: Tensor | None  # length_scale of the queries (t), None for "none"
     attend: dict[int | None, Kernel]  # by window
     cache: KVCache | None  # None where the tokens are a whole sequence

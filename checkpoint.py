@@ -556,7 +556,9 @@ def verify_checksums(folder: Path) -> None:
     """ValueError where a file is not what its checksum says. Without checksums (of an earlier
     version, or Hugging Face's) there is nothing to compare."""
     if (folder / CHECKSUMS).is_file():
-        found = _checksums(folder)
+        found, recorded = _checksums(folder), read_json(folder / CHECKSUMS)
+        if not {"config.json", "model.safetensors"} <= recorded.keys():
+            raise ValueError(f"{folder / CHECKSUMS} is damaged: it does not name the weights")
         for name, digest in read_json(folder / CHECKSUMS).items():
             file = folder / escaped(name)
             if name not in found:

@@ -88,7 +88,10 @@ def guarded(main: Callable) -> Callable:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            fail(f"out of memory: {error}" if str(error) else "out of memory: ask for less", True)
+            less = "ask for less: --micro-batch, --d-model, --samples, --max-new-tokens"
+            fail(
+                f"out of memory: {error}: {less}" if str(error) else f"out of memory: {less}", True
+            )
         except BaseException as error:  # a panic of the regex engine is no Exception
             if type(error).__name__ != "PanicException":
                 raise
@@ -155,7 +158,9 @@ def locked(path: Path, refusal: str, wait: float = 0):
 
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=wait)
+    file = path.with_name(f".{path.name}.lock")
+    file.touch()  # an OSError where it cannot be, for which FileLock would wait
+    lock = FileLock(file, timeout=wait)
     try:
         return lock.acquire()
     except Timeout:

@@ -31,6 +31,7 @@ JOINED_AT_MOST = 2**24  # parameters of a block; where the products are larger, 
 def fill(model: Transformer, tokens: Tensor, cache: KVCache) -> None:
     """Read tokens (b t) into the cache. ValueError, and nothing is read, where they do not fit."""
     cache.check_room(tokens.shape[1])
+    cache.clock = None  # a compiled stream before this one had fixed its shapes
     first = FIRST_CHUNK if cache.is_empty else CHUNK
     for chunk in (tokens[:, :first], *tokens[:, first:].split(CHUNK, dim=1)):
         if chunk.shape[1]:
@@ -43,8 +44,8 @@ def read(model: Transformer, chunk: Tensor, cache: KVCache) -> None:
     if not is_plain(last):
         model.hidden(chunk, cache)
         return
-    shared = model.share(chunk.shape[1], chunk.device, cache)
     x = model.embed_tokens(chunk)
+    shared = model.share(chunk.shape[1], chunk.device, cache)
     for i, (block, spec) in enumerate(zip(blocks, model.plan)):
         x = block(x, spec, shared, i)
 
@@ -81,7 +82,9 @@ def stream(
     into a graph, which takes seconds or minutes once."""
     check_settings(model.config, tokens, max_new_tokens, temperature, top_k, top_p)
     if cache is None:
-        cache = model.new_cache(len(tokens), tokens.shape[1] + max_new_tokens)
+        room = tokens.shape[1] + max_new_tokens
+        room = 1 << (room - 1).bit_length() if compiled else room  # each size is compiled
+        cache = model.new_cache(len(tokens), room)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     step = token = None
     for _ in range(max_new_tokens):
@@ -151,8 +154,8 @@ def joined(block: Block) -> Block | Joined:
 
 
 def fingerprint(block: Block) -> list:
-    """What differs when any matrix does: versions, and r W c for fixed vectors r and c, since what
-    is changed through `.data` keeps its version."""
+    """What differs when a matrix does: versions, which changes in place raise, and r W c for fixed
+    r and c, which sees edits through `.data` but such as are lost in its rounding."""
     marks: list = [id(block.self_attn), id(block.input_layernorm)]
     for p in (p for p in block.parameters() if p.ndim == 2):
         r, c = (torch.arange(1, n + 1, device=p.device).cos().to(p.dtype) for n in p.shape)

@@ -14,16 +14,13 @@ from model import Transformer
 
 NEEDLES, QUESTIONS = 8, 4  # of an evaluation example, at every length
 TIMES = (0.5, 1, 2, 4, 8, 16)  # the trained length
-LONG = (
-    8192  # tokens beyond which a table asks fewer questions: as many tokens, not as many examples
-)
+LONG = 8192  # tokens beyond which a table asks fewer questions: as many tokens, not examples
 
 
 def mean_and_error(values) -> tuple[float, float]:
     """Mean of independent values, and its standard error (nan for a single one)."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(
-        values
-    ) > 1 else math.nan
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(error)
 
 
 @torch.inference_mode()
@@ -65,24 +62,18 @@ def needle_score(model: Transformer, examples: list[Example]) -> Score:
     exact, digits, questions = [], [], 0
     device = next(model.parameters()).device
     for example in examples:
-        tokens, answer = torch.from_numpy(example.tokens), torch.from_numpy(example.answer)[1:]
+        tokens = torch.from_numpy(example.tokens)[None].to(device)
+        answer = torch.from_numpy(example.answer)[1:]
         asked = answer >= 0
-        # what stands before is only read, the same number of tokens in (nearly) every example
+        # What stands before is only read, the same number of tokens in (nearly) every example.
         first = int(asked.int().argmax()) // 128 * 128
-        cache, tokens, asked, answer = (
-            model.new_cache(1, len(tokens)),
-            tokens[None].to(device),
-            asked[first:],
-            answer[first:],
-        )
+        cache = model.new_cache(1, tokens.shape[1])
         fill(model, tokens[:, :first], cache)
-        hidden = model.hidden(tokens[:, first:-1], cache)[0, asked.to(device)]
-        right = (
-            (model.unembed(hidden).argmax(-1) == tokens[0, first + 1 :][asked.to(device)])
-            .cpu()
-            .numpy()
-        )
-        answer = answer[asked].numpy()
+        asked, answer = asked[first:].to(device), answer[first:]
+        hidden = model.hidden(tokens[:, first:-1], cache)[0, asked]
+        likeliest = model.unembed(hidden).argmax(-1)
+        right = (likeliest == tokens[0, first + 1 :][asked]).cpu().numpy()
+        answer = answer[asked.cpu()].numpy()
         whole = [right[answer == i].all() for i in np.unique(answer)]
         exact.append(np.mean(whole))
         digits.append(np.mean(right))
@@ -110,16 +101,10 @@ def needle_table(
         length = int(times * trained)
         row = f"  {length:>7,} tokens ({times:g}x)"
         if not fits(needles, length):
-            print(
-                f"{row}   left out: too {'long' if times > 1 else 'short'} for this corpus and "
-                "these needles"
-            )
+            wrong = "long" if length > len(needles.text) - SLACK else "short"
+            print(f"{row}   left out: too {wrong} for this corpus and these needles")
             continue
-        count = (
-            -(-questions // QUESTIONS)
-            if length <= LONG
-            else -(-questions * LONG // (QUESTIONS * length))
-        )
+        count = math.ceil(questions * min(1, LONG / length) / QUESTIONS)
         score = needle_score(model, held_out_examples(needles, length, count, NEEDLES, QUESTIONS))
         print(
             f"{row}   exact {score.exact:.3f} +- {score.error:.3f}   digits {score.digits:.3f}   "

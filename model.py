@@ -108,7 +108,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.backend = "auto"  # the kernel of the windowed layers
+        self.backend = "auto"  # the attention kernel, one of attention.BACKENDS
         self.recompute = False  # keep only the blocks' inputs for the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -123,7 +123,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Matrices at fan_in^-0.5, those that write to x / sqrt(2 n_layer), embeddings at 0.02."""
+        """Normal at fan_in^-0.5, over sqrt(2 n_layer) where x is written; embeddings at 0.02."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 p.normal_(std=p.shape[1] ** -0.5)
@@ -145,7 +145,7 @@ class Transformer(nn.Module):
         if layers is not None:
             layers.append(x)
         for i, (block, spec) in enumerate(zip(self.layers, self.plan)):
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled() and cache is None and weights is None:
                 block = partial(recompute, block, use_reentrant=False)
             x = block(x, spec, shared, i)
             if layers is not None:
@@ -156,7 +156,7 @@ class Transformer(nn.Module):
         """What the layers of a forward over the next t tokens share; a cache counts them. `table`
         is their rotary table, where it has been made before."""
         c, plan, backend = self.config, self.plan, self.backend
-        assert cache is None or cache.plan == plan, "a cache of another pattern or window"
+        require(cache is None or cache.plan == plan, "a cache of another pattern: make a new one")
         whole = cache is None or cache.is_empty  # a sequence from its beginning
         q_pos = torch.arange(t, device=device) if cache is None else cache.advance(t)
 
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         return table if torch.compiler.is_compiling() else torch.view_as_complex(table)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits (b t v) of hidden (b t c)."""
+        """Logits (.. v) of hidden (.. c)."""
         if self.config.tie_embeddings:
             return F.linear(hidden, self.embed_tokens.weight) * self.config.logit_scale
         return self.lm_head(hidden) * self.config.logit_scale
@@ -206,7 +206,7 @@ class Transformer(nn.Module):
         sizes = (batch_size, c.n_kv_head, c.head_width, max_length)
         return KVCache(self.plan, *sizes, p.device, p.dtype)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         tokens: Tensor,
@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """tokens (b t) -> (b t+new); settings as in `draw`. A row that has produced `stop` repeats
-        it; when all have, that is the end. engine.stream writes the same text, faster."""
+        it; when all have, that is the end. engine.stream does the same faster, but for rounding."""
         check_settings(self.config, tokens, max_new_tokens, temperature, top_k, top_p)
         cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens)
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -265,7 +265,7 @@ class Transformer(nn.Module):
 def draw(logits: Tensor, temperature: float, top_k=None, top_p=None, generator=None) -> Tensor:
     """One token (b) from logits (b v): the likeliest at temperature 0, else drawn from the top_k
     likeliest, of these from the likeliest that make up a probability of top_p."""
-    if temperature < 1e-6:  # below that a division overflows
+    if temperature < 1e-6:  # so cold that only the likeliest is left
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -273,7 +273,7 @@ def draw(logits: Tensor, temperature: float, top_k=None, top_p=None, generator=N
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None:
         p, order = logits.softmax(-1).sort(descending=True)
-        surplus = p.cumsum(-1) - p >= top_p  # what comes before already makes up p
+        surplus = p.cumsum(-1) - p >= max(top_p, 1e-9)  # what comes before already makes up p
         logits = logits.masked_fill(surplus.scatter(-1, order, surplus), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
@@ -311,7 +311,7 @@ def check_config(c: ModelConfig) -> None:
         f"rope_scaling 'ntk' needs head_dim of 4 or more, not {d}": scaling == "ntk" and d < 4,
         "rope_scaling 'yarn' needs rope_original_length, the trained length": original,
         "rope_scaling 'yarn' needs rope_theta above 1": scaling == "yarn" and c.rope_theta <= 1,
-        f"length_base {c.length_base} is below 2": (c.length_base or 2) < 2,
+        f"length_base {c.length_base} is below 2": c.length_base is not None and c.length_base < 2,
         f"logit_scale {c.logit_scale} is not finite": not math.isfinite(c.logit_scale),
         f"pattern {p!r} has an unknown letter {unknown!r}: use R, r, N and n": unknown,
         untiled + "make n_layer a multiple of its length": not p or c.n_layer % len(p),
@@ -327,7 +327,7 @@ def check_settings(
     """ValueError for a prompt (b t) or settings that no text can be made from."""
     require(tokens.shape[1] > 0, "the prompt is empty: give at least one token")
     require(max_new_tokens >= 0, f"max_new_tokens {max_new_tokens} is negative")
-    require(temperature >= 0, f"temperature {temperature} is negative: 0 is greedy")
+    require(temperature >= 0, f"temperature {temperature} is negative, or no number: 0 is greedy")
     require(top_k is None or top_k >= 1, f"top_k {top_k} is below 1")
     require(top_p is None or 0 < top_p <= 1, f"top_p {top_p} is not in (0, 1]")
     for token, v in ((tokens.min().item(), c.vocab_size), (tokens.max().item(), c.vocab_size)):

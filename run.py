@@ -182,8 +182,7 @@ def read_record(out: Path) -> tuple[str, recipes.Recipe, str]:
     if not is_run(out):
         mend = "it has no run with a checkpoint; start one without --resume"
         raise FileNotFoundError(f"nothing to resume in {out}: {mend}")
-    path = out / "run.json"
-    record = checkpoint.read_json(path)
+    record = checkpoint.read_json(path := out / "run.json")
     try:
         recipe = recipes.build(record["recipe"], name=str(path))
         return str(record["name"]), recipe, str(record["corpus"])
@@ -199,7 +198,8 @@ def resume(run: Run) -> None:
     checkpoint.verify_checksums(last)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        run.step, run.best, states = state["step"], state["best"], state["optimizers"]
+        run.step = checkpoint.typed(int, state["step"], "step")
+        run.best, states = float(state["best"]), state["optimizers"]
     except FileNotFoundError:
         raise FileNotFoundError(f"nothing to resume: {path} not found; {mend}") from None
     except Exception as error:  # torch.load raises whatever the bytes provoke

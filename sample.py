@@ -37,8 +37,7 @@ def command_line() -> CommandLine:
 
 
 def newest_checkpoint(root: Path = Path("out")) -> Path:
-    """The `last` of the run under `root` that was written to most recently. FileNotFoundError where
-    there is none."""
+    """The `last` under `root` written to most recently. FileNotFoundError where there is none."""
     made = [last for last in root.glob("*/last") if (last / "config.json").is_file()]
     if not made:
         mend = "`python train.py` makes one, or name one with --checkpoint"
@@ -72,7 +71,8 @@ def read_prompt(args: Namespace) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = command_line().parse(argv)
-    require(args.samples >= 1, f"--samples {args.samples} must be at least 1")
+    require(1 <= args.samples < 2**31, f"--samples {args.samples} must be at least 1, and fewer")
+    require(0 <= args.seed < 2**63, f"--seed {args.seed} is not in [0, 2**63)")
     device, _ = choose_device(args.device)
     text = read_prompt(args)
     path = args.checkpoint or newest_checkpoint()
@@ -88,8 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def sample(model, tokenizer, prompt: torch.Tensor, text: str, count: int, settings: dict) -> None:
-    """Continue prompt (b t) in all rows at once: print the first as it comes, the others after it,
-    then a line of what it took."""
+    """Continue prompt (b t) in all rows at once; print the first as it comes, the others after."""
     cache, eot = model.new_cache(len(prompt), prompt.shape[1] + count), tokenizer.eot_token
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half a character
     print(text, end="", flush=True)

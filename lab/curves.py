@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+from checkpoint import typed
 from commandline import CommandLine, guarded
 from lab.report import figure_of
 from model import require
@@ -26,7 +27,11 @@ def read_log(run: Path) -> list[dict]:
         raise FileNotFoundError(f"{path} not found: give a run's folder, as train.py leaves them")
     try:
         entries = [json.loads(line) for line in path.read_bytes().splitlines()]
-        require(all("step" in entry for entry in entries), "an entry has no step")
+        for entry in entries:
+            require(isinstance(entry, dict) and "step" in entry, "an entry has no step")
+            typed(int, entry["step"], "step")
+            for key in ("loss", "val_loss", "needles", "seconds"):
+                typed(float, entry.get(key, 0.0), key)
     except (ValueError, TypeError, RecursionError) as error:
         mend = "resume the run, which mends its log"
         raise ValueError(f"{path} is damaged ({error}): {mend}") from None

@@ -224,7 +224,7 @@ def test_refused():
     model = tiny("rrrN")
     cache = model.new_cache(2, 10)
     model.config = replace(model.config, window=3)
-    with pytest.raises(AssertionError, match="another pattern or window"):
+    with pytest.raises(ValueError, match="a cache of another pattern: make a new one"):
         model(text(2, 3), cache=cache)
 
 

@@ -25,7 +25,7 @@ ENDS = {
     "OSError": (OSError(28, "No space left on device"), "error: [Errno 28] No space left"),
     "FloatingPointError": (FloatingPointError("the loss is nan"), "error: the loss is nan"),
     "KeyboardInterrupt": (KeyboardInterrupt(), "error: interrupted"),
-    "MemoryError": (MemoryError(), "error: out of memory: ask for less"),
+    "MemoryError": (MemoryError(), "error: out of memory: ask for less: --micro-batch"),
     "PyTorch's": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
     "RecursionError": (RecursionError("maximum recursion depth"), "error: the input is nested"),
     "panic": (PanicException("backtrack"), "error: the regex engine gave up"),
