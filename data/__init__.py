@@ -1,2 +1,1 @@
-"""Text to tokens: tokenizers, prepared corpora, batches and needle tasks. Imports nothing of ours
-from outside this folder."""
+"""Text to tokens: tokenizers, prepared corpora, batches and needle tasks."""

@@ -33,9 +33,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on `device`."""
-        move = lambda x: (
-            x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-        )
+
+        def move(x: Tensor) -> Tensor:
+            if device.type == "cuda":
+                return x.pin_memory().to(device, non_blocking=True)
+            return x.to(device)
+
         return Batch(move(self.tokens), move(self.targets), move(self.weights))
 
 
@@ -62,20 +65,17 @@ def training_batch(
     """
     rng = np.random.default_rng([seed, step])
     count = max(batch_tokens // length, 1)
-    with_needles = round(count * needle_share)
-    assert needles is not None or with_needles == 0, (
-        "a share of needles and nothing that makes them"
-    )
-    examples = [
-        needles.example(rng, length + 1, *needles.counts(length)) for _ in range(with_needles)
-    ]
-    starts = rng.integers(len(corpus.train) - length, size=count - with_needles)
+    hiding = round(count * needle_share)  # sequences with needles
+    assert needles is not None or hiding == 0, "a share of needles and nothing that makes them"
+    examples = [needles.example(rng, length + 1, *needles.counts(length)) for _ in range(hiding)]
+    starts = rng.integers(len(corpus.train) - length, size=count - hiding)
     plain = [window(corpus.train, start, length, corpus.tokenizer.eot_token) for start in starts]
     tokens = torch.from_numpy(np.stack([example.tokens for example in examples] + plain))
+
     weights = torch.full((count, length), 1 / (count * length))
     if examples:
         answers = torch.from_numpy(np.stack([example.answer[1:] >= 0 for example in examples]))
-        weights[:with_needles] += answer_weight / answers.sum() * answers
+        weights[:hiding] += answer_weight / answers.sum() * answers
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights)
 
 
@@ -84,11 +84,8 @@ def validation_windows(corpus: Corpus, length: int, count: int) -> Tensor:
     time."""
     count = min(count, max(1, len(corpus.val) // length))  # no token twice
     starts = np.linspace(0, len(corpus.val) - length, count).astype(int)
-    return torch.from_numpy(
-        np.stack(
-            [window(corpus.val, start, length, corpus.tokenizer.eot_token) for start in starts]
-        )
-    )
+    eot = corpus.tokenizer.eot_token
+    return torch.from_numpy(np.stack([window(corpus.val, s, length, eot) for s in starts]))
 
 
 def held_out_examples(
@@ -134,5 +131,6 @@ def check_fit(corpus: Corpus, stages, batch_tokens: int, seed: int, ranks: int) 
                     f"divide among {ranks} processes: start another number of them, or give "
                     f"--batch-tokens {length * ranks} or a multiple"
                 )
+            # One sequence with needles: its names and lines are checked where it is made.
             training_batch(corpus, needles, seed, 0, length, length, float(stage.needle_share > 0))
     return needles

@@ -3,6 +3,7 @@ files. Made by data/prepare.py."""
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_CORPUS = Path("corpora/stdlib")
 FORMAT = 1
-KEYS = {
+KEYS = {  # of meta.json
     "format": int,
     "source": str,
     "dtype": str,
@@ -44,6 +45,7 @@ class Corpus:
 
 
 def dtype_for(n_vocab: int) -> str:
+    """The narrowest type of a token id."""
     return "uint16" if n_vocab <= 1 << 16 else "uint32"
 
 
@@ -55,7 +57,7 @@ def load_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
     mend = f"remove {folder} and run `{command}` again with the same sources"
     for name in ("meta.json", "train.bin", "val.bin"):
         if not (folder / name).is_file():
-            missing = folder if name == "meta.json" and not folder.exists() else folder / name
+            missing = folder / name if folder.exists() else folder
             raise FileNotFoundError(
                 f"{missing} not found; `{command}` makes a corpus (--help lists its sources)"
             )
@@ -64,21 +66,7 @@ def load_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
         if found != wanted:
             raise ValueError(f"{folder / file}: {what} is {found}, not {wanted}; {mend}")
 
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / 'meta.json'} is not JSON ({error}); {mend}") from error
-    require("meta.json", "its content", type(meta).__name__, "dict")
-    for where, keys in [
-        (meta, KEYS),
-        (meta.get("train"), SPLIT_KEYS),
-        (meta.get("val"), SPLIT_KEYS),
-    ]:
-        for key, kind in keys.items():
-            require(
-                "meta.json", f"the type of {key!r}", type(where.get(key)).__name__, kind.__name__
-            )
-    require("meta.json", "format", meta["format"], FORMAT)
+    meta = read_meta(folder / "meta.json", mend, require)
     tokenizer = load_tokenizer(folder)
     require("meta.json", "n_vocab", meta["n_vocab"], tokenizer.n_vocab)
     require("meta.json", "tokenizer hash", meta["tokenizer"], tokenizer.hash)
@@ -86,23 +74,39 @@ def load_corpus(folder: Path | str = DEFAULT_CORPUS) -> Corpus:
 
     def split(name: str) -> np.memmap:
         """(tokens,) ids of one split, its size, sha256 and largest id checked."""
-        file, said = f"{name}.bin", meta[name]
-        require(
-            file,
-            "its size in bytes",
-            (folder / file).stat().st_size,
-            max(1, said["tokens"]) * np.dtype(meta["dtype"]).itemsize,
-        )
-        with open(folder / file, "rb") as stream:
-            require(
-                file, "sha256", hashlib.file_digest(stream, "sha256").hexdigest(), said["sha256"]
-            )
-        ids = np.memmap(folder / file, dtype=meta["dtype"], mode="r")
-        if (largest := int(ids.max())) >= tokenizer.n_vocab:
+        path, said = folder / f"{name}.bin", meta[name]
+        size = max(1, said["tokens"]) * np.dtype(meta["dtype"]).itemsize
+        require(path.name, "its size in bytes", path.stat().st_size, size)
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        require(path.name, "sha256", digest, said["sha256"])
+        ids = np.memmap(path, dtype=meta["dtype"], mode="r")
+        largest = int(ids.max())
+        if largest >= tokenizer.n_vocab:
             raise ValueError(
-                f"{folder / file}: token id {largest} is outside the vocabulary of "
-                f"{tokenizer.n_vocab}; {mend}"
+                f"{path}: token id {largest} is outside the vocabulary of {tokenizer.n_vocab}; "
+                f"{mend}"
             )
         return ids
 
     return Corpus(folder, tokenizer, split("train"), split("val"), meta)
+
+
+def read_meta(path: Path, mend: str, require: Callable) -> dict:
+    """meta.json with every key there and of its type."""
+    try:
+        meta = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}); {mend}") from error
+    require(path.name, "its content", type(meta).__name__, "dict")
+
+    def check(part: dict, keys: dict[str, type]) -> None:
+        for key, kind in keys.items():
+            found = type(part.get(key)).__name__
+            require(path.name, f"the type of {key!r}", found, kind.__name__)
+
+    check(meta, KEYS)
+    check(meta["train"], SPLIT_KEYS)
+    check(meta["val"], SPLIT_KEYS)
+    require(path.name, "format", meta["format"], FORMAT)
+    return meta

@@ -10,6 +10,7 @@ are answers, and the paper's four segments (section 3).
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,9 +22,8 @@ BEGIN, NEEDLE, CONTEXT, QC = range(4)
 DIGITS = 5  # of a value
 HELD_OUT = 5  # one key or value in five is held out
 NAME = re.compile(rb" [a-z]{3,12}")  # a token that is a whole word after a space
-FAR = 45  # tokens from the place asked for, at which no line need end there
 SLACK = 2048  # tokens in which a line must end
-
+NEAR = 32  # tokens that a needle may stand away from its depth, to stand where a line ends
 
 # The evaluation tasks, after RULER (2404.06654): what is hidden, and what is asked.
 TASKS = {
@@ -44,10 +44,8 @@ class Example:
     tokens: np.ndarray  # (t) int64, beginning with end-of-text
     answer: np.ndarray  # (t) int64: which question's answer this token belongs to, -1 for none
     segment: np.ndarray  # (t) int8: BEGIN, NEEDLE (every hidden line), CONTEXT or QC
-    wrong: tuple[
-        np.ndarray, ...
-        # for each question WRONG other answers, (7 n) int64, as many tokens as the right one has
-    ] = ()
+    # for each question WRONG other answers, (7 n) int64, as many tokens as the right one has
+    wrong: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,20 @@ class Needles:
     def __init__(self, tokenizer: Tokenizer, text: np.ndarray, evaluation: bool):
         self.tokenizer, self.text, self.evaluation = tokenizer, text, evaluation
         pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
-        self.ends_line = np.array([piece.endswith(b"\n") for piece in pieces])
         self.words = sorted(piece[1:].decode() for piece in pieces if NAME.fullmatch(piece))
         if len(self.words) < 20:
             raise ValueError(
                 f"the vocabulary has {len(self.words)} whole words of lower-case Latin letters and "
-                "keys need 20: prepare the corpus with a larger --vocab-size, or train without "
-                "needles (--needle-share 0)"
+                "keys need 20: train without needles (--needle-share 0), or prepare the corpus "
+                "with a larger --vocab-size if its text has more of them"
             )
-        self.line = max(
-            len(self._line(f"# {self.words[0]}_{word} is", "9" * DIGITS).ids) for word in self.words
-        )
+        # Which tokens end a line, begin a word, begin a character? (A character may be several.)
+        self.ends_line = np.array([piece.endswith(b"\n") for piece in pieces])
+        self.begins_word = np.array([piece[:1] in (b"", b" ", b"\t") for piece in pieces])
+        self.begins_character = np.array([not b"\x80" <= piece[:1] < b"\xc0" for piece in pieces])
+        longest = "9" * DIGITS
+        lines = [self._line(f"# {self.words[0]}_{word} is", longest) for word in self.words]
+        self.line = max(len(line.ids) for line in lines)  # tokens of the longest needle
 
     def counts(self, length: int) -> tuple[int, int]:
         """How many needles and questions a training example of `length` has: many, so that each
@@ -120,7 +121,7 @@ class Needles:
             )
         lines = self._needles(rng, needles)
         asked = rng.permutation(needles)[:questions]
-        depths = np.full(needles, np.nan)
+        depths = anywhere(needles)
         if depth is not None:
             depths[asked[0]] = depth
         return self._compose(rng, length, lines, [lines[i] for i in asked], depths)
@@ -133,58 +134,43 @@ class Needles:
         anywhere behind it, the rest, and all of aggregation, anywhere; None: that one anywhere too.
         Raises ValueError for an unknown name or when length has no room."""
         first = rng.random() if depth is None else depth
-        following = lambda count: np.append(first, np.sort(rng.uniform(first, 1, count - 1)))
-        anywhere = lambda count: np.full(count, np.nan)
+
+        def following(count: int) -> np.ndarray:
+            """Depths of `count` needles, one at `first` and the others behind it, in order."""
+            return np.append(first, np.sort(rng.uniform(first, 1, count - 1)))
+
+        make = self._value  # what wrong answers look like
         if name in ("single", "multi-key", "multi-query"):
             hidden = self._needles(rng, 1 if name == "single" else 8)
-            asked = hidden[: 4 if name == "multi-query" else 1]
-            rivals = hidden[len(asked) :]
-            depths = np.append(following(len(asked)), anywhere(len(rivals)))
+            questions = 4 if name == "multi-query" else 1
+            asked, rivals = hidden[:questions], hidden[questions:]
+            depths = np.append(following(questions), anywhere(len(rivals)))
         elif name == "multi-value":
-            key, *keys = self._draw(rng, 5, self._key)
+            key, *others = self._draw(rng, 5, self._key)
             values = self._draw(rng, 8, self._value)
             asked = [self._line(f"# {key} is", value) for value in values[:4]]
-            rivals = [self._line(f"# {other} is", value) for other, value in zip(keys, values[4:])]
+            rivals = [self._line(f"# {key} is", value) for key, value in zip(others, values[4:])]
             hidden, depths = asked + rivals, np.append(following(4), anywhere(4))
         elif name == "variable-tracking":
             keys, values = self._draw(rng, 12, self._key), self._draw(rng, 4, self._value)
-            chains = [
-                [
-                    self._line(f"# {a} is", value),
-                    self._line(f"# {b} equals", a),
-                    self._line(f"# {c} equals", b),
-                ]
-                for a, b, c, value in zip(keys[0::3], keys[1::3], keys[2::3], values)
-            ]
-            hidden, depths = (
-                sum(chains, []),
-                np.concatenate([following(3)] + [np.sort(rng.random(3)) for _ in chains[1:]]),
-            )
-            asked, rivals = (
-                [self._line(f"# {keys[2]} is", values[0])],
-                [chain[0] for chain in chains[1:]],
-            )
+            hidden = []
+            for a, b, c, value in zip(keys[0::3], keys[1::3], keys[2::3], values):
+                hidden.append(self._line(f"# {a} is", value))
+                hidden.append(self._line(f"# {b} equals", a))
+                hidden.append(self._line(f"# {c} equals", b))
+            depths = np.concatenate([following(3), *(np.sort(rng.random(3)) for _ in "bcd")])
+            asked, rivals = [self._line(f"# {keys[2]} is", values[0])], hidden[3::3]
         elif name == "aggregation":
-            words = self._draw(rng, 8, self._word)
-            top, *others = [self._line("# seen", word) for word in words]
-            hidden = [top] * 5 + others * 2
-            asked, rivals, depths = (
-                [self._line("# most seen", words[0])],
-                others,
-                anywhere(len(hidden)),
-            )
+            make = self._word
+            words = self._draw(rng, 8, make)
+            top, *rivals = [self._line("# seen", word) for word in words]
+            hidden, depths = [top] * 5 + rivals * 2, anywhere(5 + 2 * len(rivals))
+            asked = [self._line("# most seen", words[0])]
         else:
             raise ValueError(f"the task {name!r} is unknown: use one of {', '.join(TASKS)}")
         example = self._compose(rng, length, hidden, asked, depths)
-        return replace(
-            example,
-            wrong=tuple(
-                self._wrong(
-                    rng, line, asked, rivals, self._word if name == "aggregation" else self._value
-                )
-                for line in asked
-            ),
-        )
+        wrong = tuple(self._wrong(rng, line, asked, rivals, make) for line in asked)
+        return replace(example, wrong=wrong)
 
     def _needles(self, rng: np.random.Generator, count: int) -> list[Line]:
         """Lines of different keys and values."""
@@ -192,7 +178,12 @@ class Needles:
         return [self._line(f"# {key} is", value) for key, value in zip(keys, values)]
 
     def _wrong(
-        self, rng: np.random.Generator, line: Line, asked: list[Line], rivals: list[Line], make
+        self,
+        rng: np.random.Generator,
+        line: Line,
+        asked: list[Line],
+        rivals: list[Line],
+        make: Callable[[np.random.Generator], str],
     ) -> np.ndarray:
         """(7 n): the other needles' values first, then values that stand nowhere, all as many
         tokens long as the right one."""
@@ -229,20 +220,13 @@ class Needles:
                 f"tokens: {length} is too short"
             )
         text = self._haystack(rng, room)
-        # a line may begin here
-        breaks = np.concatenate(([0], 1 + np.flatnonzero(self.ends_line[text])))
-        asked_for = ~np.isnan(depths) | (len(breaks) <= 1 + room // 256)
-        depths = np.where(np.isnan(depths), rng.random(len(hidden)), depths)
-        wanted = depths * room
-        places = breaks[np.abs(breaks[None, :] - wanted[:, None]).argmin(1)]
-        # In a text of few lines a needle stands where it is asked to, inside of one.
-        far = asked_for & (np.abs(places - wanted) > FAR)
-        places = np.where(far, wanted.round().astype(int), places)
+        places = self._places(rng, text, depths)
         parts, start = [(np.array([self.tokenizer.eot_token]), CONTEXT)], 0
         for i in np.argsort(places, kind="stable"):
             parts += [(text[start : places[i]], CONTEXT), (hidden[i].ids, NEEDLE)]
             start = places[i]
         parts += [(text[start:], CONTEXT), *((line.ids, QC) for line in asked)]
+
         segment = np.concatenate([np.full(len(ids), kind, dtype=np.int8) for ids, kind in parts])
         segment[:10] = np.where(segment[:10] == CONTEXT, BEGIN, segment[:10])
         answer, begin = np.full(length, -1), length - tail
@@ -251,7 +235,40 @@ class Needles:
             begin += len(line.ids)
         return Example(np.concatenate([ids for ids, _ in parts]).astype(np.int64), answer, segment)
 
-    def _draw(self, rng: np.random.Generator, count: int, make) -> list[str]:
+    def _haystack(self, rng: np.random.Generator, room: int) -> np.ndarray:
+        """`room` consecutive tokens that end with a line's end, where one ends within SLACK."""
+        if len(self.text) < room + SLACK:
+            raise ValueError(
+                f"the corpus has {len(self.text)} tokens in this split and an example needs "
+                f"{room + SLACK}: prepare a larger one"
+            )
+        start = int(rng.integers(len(self.text) - room - SLACK + 1))
+        if room:
+            last = start + room - 1
+            ends = np.flatnonzero(self.ends_line[self.text[last : last + SLACK]])
+            start += int(ends[0]) if len(ends) else 0
+        return np.asarray(self.text[start : start + room])
+
+    def _places(self, rng: np.random.Generator, text: np.ndarray, depths: np.ndarray) -> np.ndarray:
+        """Before which token of the text each needle stands: where the line nearest to its depth
+        begins. In text of long lines that may be far: a needle that is asked for at a depth, and
+        every needle in text of hardly any lines, then stands inside of one, before a word, or at
+        least before a character."""
+        given, room = ~np.isnan(depths), len(text)
+        wanted = np.where(given, depths, rng.random(len(depths))) * room
+        lines = np.append(0, 1 + np.flatnonzero(self.ends_line[text]))
+        places = nearest(lines, wanted)
+        strict = given | (len(lines) <= 1 + room // 256)
+        for begins in (self.begins_word, self.begins_character):
+            far = strict & (np.abs(places - wanted) > max(NEAR, room // 10))
+            if far.any():
+                boundaries = np.concatenate([[0], np.flatnonzero(begins[text]), [room]])
+                places[far] = nearest(boundaries, wanted[far])
+        return places
+
+    def _draw(
+        self, rng: np.random.Generator, count: int, make: Callable[[np.random.Generator], str]
+    ) -> list[str]:
         """`count` different names of this split. Raises ValueError where the vocabulary has too
         few."""
         found: dict[str, None] = {}
@@ -263,7 +280,8 @@ class Needles:
                 found[name] = None
         raise ValueError(
             f"a needle example wants {count} names and this vocabulary makes {len(found)}: "
-            "prepare the corpus with a larger --vocab-size"
+            "prepare the corpus with a larger --vocab-size, or train without needles "
+            "(--needle-share 0)"
         )
 
     def _key(self, rng: np.random.Generator) -> str:
@@ -278,30 +296,18 @@ class Needles:
 
     def _line(self, stem: str, answer: str) -> Line:
         """The line `stem answer`."""
-        before, after = (
-            self.tokenizer.encode_ordinary(stem),
-            self.tokenizer.encode_ordinary(f" {answer}"),
-        )
-        end = len(before) + len(after)
+        before = self.tokenizer.encode_ordinary(stem)
+        after = self.tokenizer.encode_ordinary(f" {answer}")
         space = self.tokenizer.token_bytes(after[0]) == b" "  # alone it is no part of the answer
-        return Line(
-            np.array(before + after + self.tokenizer.encode_ordinary("\n")),
-            len(before) + space,
-            end,
-        )
+        ids = np.array(before + after + self.tokenizer.encode_ordinary("\n"))
+        return Line(ids, len(before) + space, len(before) + len(after))
 
-    def _haystack(self, rng: np.random.Generator, room: int) -> np.ndarray:
-        """`room` consecutive tokens that end with a line's end."""
-        if len(self.text) < room + SLACK:
-            raise ValueError(
-                f"the corpus has {len(self.text)} tokens in this split and an example needs "
-                f"{room + SLACK}: prepare a larger one"
-            )
-        start = int(rng.integers(len(self.text) - room - SLACK + 1))
-        ends = (
-            np.flatnonzero(self.ends_line[self.text[start + room - 1 : start + room - 1 + SLACK]])
-            if room
-            else []
-        )
-        start += int(ends[0]) if len(ends) else 0
-        return np.asarray(self.text[start : start + room])
+
+def anywhere(count: int) -> np.ndarray:
+    """Depths of `count` needles that may stand anywhere."""
+    return np.full(count, np.nan)
+
+
+def nearest(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """For each of wanted (n) the nearest of places."""
+    return places[np.abs(places[None, :] - wanted[:, None]).argmin(1)]

@@ -195,7 +195,7 @@ def test_the_second_first_run_takes_the_winners_corpus(tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data.prepare as p; "
         "p.python_sources = lambda root: [(str(i), 'def f(x): return x\\n' * 500) "
         "for i in range(20)]; real = p.prepare_stdlib; "
-        "p.prepare_stdlib = lambda out, again=True: real(out, 265, again=again); "
+        "p.prepare_stdlib = lambda out: real(out, 265); "
         "print(p.open_corpus().hash)"
     )
     command = [sys.executable, "-c", code]
