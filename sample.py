@@ -60,8 +60,7 @@ def read_prompt(args: Namespace) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        place = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"the prompt in {where} is not UTF-8 ({place})") from None
+        raise ValueError(f"prompt in {where} is not UTF-8 (bad at byte {error.start})") from None
     if not text:
         raise ValueError("the prompt is empty: give at least one character")
     return text
@@ -69,7 +68,6 @@ def read_prompt(args: Namespace) -> str:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     args = command_line().parse(argv)
     require(1 <= args.samples < 2**31, f"--samples {args.samples} must be at least 1, and fewer")
     require(0 <= args.seed < 2**63, f"--seed {args.seed} is not in [0, 2**63)")
@@ -80,11 +78,15 @@ def main(argv: list[str] | None = None) -> None:
     model = Transformer.from_pretrained(path, device, getattr(torch, args.dtype))
     sizes = f"{tokenizer.n_vocab} tokens and its model {model.config.vocab_size}"
     require(tokenizer.n_vocab <= model.config.vocab_size, f"{path}: its tokenizer has {sizes}")
-    prompt = torch.tensor([[tokenizer.bos_token, *tokenizer.encode_ordinary(text)]], device=device)
+    ids = [tokenizer.bos_token, *tokenizer.encode_ordinary(text)]
+    prompt = torch.tensor([ids], device=device).expand(args.samples, -1)
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     check_settings(model.config, prompt, args.max_new_tokens, **settings)
     settings["generator"] = torch.Generator(device).manual_seed(args.seed)
-    sample(model, tokenizer, prompt.expand(args.samples, -1), text, args.max_new_tokens, settings)
+    try:
+        sample(model, tokenizer, prompt, text, args.max_new_tokens, settings)
+    except OSError as error:  # nobody reads what is written, or its disk is full
+        raise BrokenPipeError from error
 
 
 def sample(model, tokenizer, prompt: torch.Tensor, text: str, count: int, settings: dict) -> None:
@@ -102,7 +104,6 @@ def sample(model, tokenizer, prompt: torch.Tensor, text: str, count: int, settin
     for row in list(zip(*rows))[1:]:
         ids = row[: row.index(eot)] if eot in row else row
         print("---\n" + text + tokenizer.decode_bytes(ids).decode("utf-8", "replace"))
-
     prefill = prompt.numel() / (times[0] - started) if times else 0
     decode = len(prompt) * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0
     samples = f" in {len(prompt)} samples" if len(prompt) > 1 else ""
@@ -110,7 +111,8 @@ def sample(model, tokenizer, prompt: torch.Tensor, text: str, count: int, settin
     print(
         f"[{prompt.shape[1]:,} prompt + {len(times):,} new tokens{samples}; "
         f"prefill {prefill:,.0f} tokens/s, decode {decode:,.0f} tokens/s; "
-        f"cache {cache.nbytes:,} bytes, {share}]"
+        f"cache {cache.nbytes:,} bytes, {share}]",
+        flush=True,
     )
 
 

@@ -1,5 +1,6 @@
 """The KV cache: what a token has to remember of those before it, and no more."""
 
+import os
 from copy import copy
 
 import torch
@@ -36,7 +37,9 @@ class KVCache:
         self.plan, self.max_length, self.length = list(plan), max_length, 0
         self.rows = [self.ring(spec.window) for spec in plan]
         size = 2 * batch_size * n_kv_head * head_dim * sum(self.rows) * dtype.itemsize
-        if size > 2**38:
+        known = torch.device(device).type == "cpu" and hasattr(os, "sysconf")  # not on Windows
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else 2**38
+        if size > most:
             how = "ask for fewer tokens (--max-new-tokens) or rows (--samples)"
             raise ValueError(f"a cache of {batch_size} x {max_length} takes {size:,} bytes: {how}")
 
