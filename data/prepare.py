@@ -274,7 +274,7 @@ def check_out(out: Path) -> None:
         raise FileExistsError(f"{out} {what}; remove it first, or give another folder with --out")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
-    if not writable or (out.exists() and not out.is_dir()):
+    if not (writable and out.name) or (out.exists() and not out.is_dir()):
         raise OSError(f"cannot make the folder {out}; give a writable place with --out")
 
 
@@ -283,17 +283,21 @@ def unfinished(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` to make a corpus in, for one process at a time: others wait. It
     is gone at the end, with every folder that was made for it, unless it was renamed; what a killed
     process left in it goes at the beginning."""
-    folder = out.with_name(f".{out.name}.unfinished")
-    made = [above for above in out.absolute().parents if not above.exists()]
-    with locked(out, f"{out} is being prepared", wait=-1) as lock:
+    folder, lock = out.with_name(f".{out.name}.unfinished"), None
+    while lock is None:
+        made = [above for above in out.absolute().parents if not above.exists()]
+        folder.mkdir(parents=True, exist_ok=True)  # where nothing can be made, this says so
+        with suppress(FileNotFoundError):  # a preparation failed, and its folders have gone
+            lock = locked(out, f"{out} is being prepared", wait=-1)
+    with lock as held:
         try:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            folder.mkdir(parents=True, exist_ok=True)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # Windows removes no open file, and nobody a folder in use
-                os.remove(lock.lock_file)
+                os.remove(held.lock_file)
                 for above in made:
                     above.rmdir()
 

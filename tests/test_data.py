@@ -1,5 +1,5 @@
-"""The tokenizer against transformers, and corpora against everything that can go wrong with
-them."""
+"""The tokenizer against transformers, and corpora against everything that can go wrong with them.
+tests/test_edges.py goes on: what is no text, two at once, a round trip through transformers."""
 
 import hashlib
 import http.server
@@ -11,21 +11,36 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 import types
+from contextlib import suppress
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 import tiktoken.load
 import tiktoken.registry
 
+import data.prepare as prepare_module
 from commandline import CommandLine
 from data.corpus import load_corpus
-from data.prepare import from_package, from_url, main, prepare, read_text, split_documents
+from data.needles import BEGIN, CONTEXT, NEEDLE, TASKS, Needles
+from data.prepare import (
+    from_package,
+    from_text,
+    from_url,
+    main,
+    prepare,
+    read_text,
+    split_documents,
+)
 from data.tokenizer import (
     EOT,
     GPT2_PATTERN,
+    LONGEST_RUN,
     PATTERN,
+    HuggingFaceTokenizer,
     Tokenizer,
     gpt2_tokenizer,
     load_tokenizer,
@@ -99,18 +114,14 @@ def refused(capsys):
             main([str(word) for word in argv])
         captured = capsys.readouterr()
         assert stop.value.code == 2 and captured.out == ""
-        assert (
-            captured.err.startswith("error: ")
-            and captured.err.count("\n") == 1
-            and captured.err.endswith("\n")
-        )
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1 and captured.err.endswith("\n")
         return captured.err
 
     return call
 
 
-# ---- tokenizer
-# ------------------------------------------------------------------------------------------------
+# ---- tokenizer ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN], ids=["ours", "gpt2"])
@@ -142,15 +153,13 @@ def test_random_text_encodes_alike_in_transformers(tokenizer, tmp_path):
     alphabet = list("aab_-=  \n\n\r\t09'éΩ中🙂\u2003\x0b\u0301")
     for _ in range(1000):  # runs of one character, where several splits of a token compete
         text = "".join(rng.choice(alphabet) * int(rng.integers(1, 20)) for _ in range(12))
-        assert theirs.encode(text, add_special_tokens=False).ids == tokenizer.encode_ordinary(
-            text
-        ), repr(text)
+        ids = tokenizer.encode_ordinary(text)
+        assert theirs.encode(text, add_special_tokens=False).ids == ids, repr(text)
 
 
 def test_every_digit_is_one_token_and_end_of_text_is_last(tokenizer):
-    assert (
-        len(tokenizer.encode_ordinary("x 1234567890")) == len(tokenizer.encode_ordinary("x ")) + 10
-    )
+    without, digits = map(tokenizer.encode_ordinary, ("x ", "x 1234567890"))
+    assert len(digits) == len(without) + 10
     assert tokenizer.n_vocab == 1024 and tokenizer.eot_token == 1023
     assert tokenizer.token_bytes(1023) == b"" and tokenizer.decode_bytes([1023]) == EOT.encode()
     spelled = tokenizer.encode_ordinary(EOT)
@@ -166,6 +175,42 @@ def test_pieces_encode_like_the_whole(tokenizer, pattern):
     assert [token for ids in ours.encode_batch(parts) for token in ids] == ours.encode_ordinary(
         text
     )
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN], ids=["ours", "gpt2"])
+@pytest.mark.parametrize("run", [" ", "\x85\t"])
+def test_a_long_run_of_whitespace_is_encoded_in_linear_time(tokenizer, tmp_path, pattern, run):
+    """Just short of what is refused, and text behind it: a search that begins again at each of its
+    characters takes hours. The engine of Hugging Face gives the same."""
+    ours = Tokenizer(tokenizer.ranks, pattern)
+    ours.save(tmp_path)
+    text = "x" + (run * LONGEST_RUN)[: LONGEST_RUN - 1] + "y" * 100_000
+    ids = ours.encode_ordinary(text)
+    assert ours.decode_bytes(ids).decode() == text
+    assert HuggingFaceTokenizer(tmp_path).encode_ordinary(text) == ids
+
+
+@pytest.mark.parametrize("pattern", ["", "a*", "(?=a)"])
+def test_a_panic_of_the_regex_engine_is_a_value_error(tokenizer, pattern):
+    """These patterns match nothing at all, somewhere."""
+    with pytest.raises(ValueError, match="^this text cannot be encoded .*"):
+        Tokenizer(tokenizer.ranks, pattern).encode_ordinary("baa")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ranks: ranks.pop(b"a"),
+        lambda ranks: ranks.update({b"a": ranks[b"b"]}),
+        lambda ranks: ranks.update({b"": len(ranks)}),
+        lambda ranks: ranks.update({b"a new token": 2**64}),
+    ],
+)
+def test_ranks_that_make_no_tokenizer(tokenizer, change):
+    ranks = dict(tokenizer.ranks)
+    change(ranks)
+    with pytest.raises(ValueError, match="ranks are not|byte is missing"):
+        Tokenizer(ranks)
 
 
 def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
@@ -215,6 +260,115 @@ def test_smallest_vocabulary_and_too_little_text():
     assert train_tokenizer(["any text"], 257).encode_ordinary("any") == list(b"any")
     with pytest.raises(ValueError, match=r"too small .* 5,000: it gives \d+"):
         train_tokenizer(["abc abd"], 5000)
+
+
+# ---- tokenizer.json alone: another's, or ours after a round trip ---------------------------------
+
+
+@pytest.fixture
+def theirs(tokenizer, tmp_path):
+    """theirs(change) -> a folder with our tokenizer.json, changed, and tokenizer_config.json."""
+
+    def folder(change) -> Path:
+        tokenizer.save(tmp_path)
+        (tmp_path / "tokenizer.tiktoken").unlink()
+        (tmp_path / "tokenizer_meta.json").unlink()
+        raw = json.loads((tmp_path / "tokenizer.json").read_bytes())
+        change(raw)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+        return tmp_path
+
+    return folder
+
+
+PAD = {
+    "strategy": {"Fixed": 32},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 1023,
+    "pad_type_id": 0,
+    "pad_token": EOT,
+}
+CUT = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+
+
+def swap_two_ids(raw):
+    vocab = raw["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: None,
+        lambda raw: raw.update(padding=PAD),
+        lambda raw: raw.update(truncation=CUT),
+        lambda raw: raw.update(post_processor=None),
+        lambda raw: raw["model"].update(merges=[m.split(" ") for m in raw["model"]["merges"]]),
+        lambda raw: raw["model"].pop("byte_fallback"),
+    ],
+    ids=["as saved", "pads", "truncates", "adds nothing", "merges as pairs", "an older writer"],
+)
+def test_what_does_not_change_an_encoding_does_not_change_the_hash(tokenizer, theirs, change):
+    loaded = load_tokenizer(theirs(change))
+    assert loaded.hash == tokenizer.hash
+    assert loaded.encode_ordinary(AWKWARD[4]) == tokenizer.encode_ordinary(AWKWARD[4])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.update(normalizer={"type": "NFC"}),
+        lambda raw: raw["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+        lambda raw: raw["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "a+"}),
+        lambda raw: raw["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda raw: raw["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True),
+        lambda raw: raw["model"].update(ignore_merges=False),
+        lambda raw: raw["model"]["merges"].pop(),
+        swap_two_ids,
+    ],
+)
+def test_what_changes_an_encoding_changes_the_hash(tokenizer, theirs, change):
+    assert load_tokenizer(theirs(change)).hash != tokenizer.hash
+
+
+def test_another_tokenizer_gives_what_transformers_gives_without_special_tokens(theirs, tmp_path):
+    """One that is not of our form, that pads and truncates, before and after transformers saves
+    it again."""
+    from transformers import AutoTokenizer
+
+    nfc = lambda raw: raw.update(normalizer={"type": "NFC"}, padding=PAD, truncation=CUT)
+    folder = theirs(nfc)
+    ours, oracle = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert isinstance(ours, HuggingFaceTokenizer)
+    for text in AWKWARD:
+        ids = oracle(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+        assert ours.encode_ordinary(text) == ids
+    assert ours.decode_bytes([*ours.encode_ordinary("def"), ours.n_vocab, 2**20]) == b"def"
+    oracle.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").hash == ours.hash
+
+
+@pytest.mark.parametrize(
+    "file, alone",
+    [
+        ("meta.json", False),
+        ("tokenizer_meta.json", False),
+        ("tokenizer.json", True),
+        ("tokenizer_config.json", True),
+        ("config.json", True),
+    ],
+)
+def test_nested_json_is_damaged(copy, file, alone):
+    if alone:
+        (copy / "tokenizer.tiktoken").unlink()
+        (copy / "tokenizer_meta.json").unlink()
+    if file == "config.json":
+        (copy / "tokenizer_config.json").unlink()
+    (copy / file).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=f"/{file} is damaged") as refusal:
+        load_corpus(copy)
+    assert "\n" not in str(refusal.value)
 
 
 # ---- gpt2: tiktoken fetches two files once and caches them -------------------------------------
@@ -287,16 +441,12 @@ def test_corpus_holds_the_documents_in_order_each_after_end_of_text(prepared):
         (corpus.train, train, corpus.meta["train"]),
         (corpus.val, val, corpus.meta["val"]),
     ]:
-        assert corpus.tokenizer.decode_bytes(ids.tolist()).decode() == "".join(
-            EOT + text for text in texts
-        )
-        assert (
-            ids[0] == corpus.tokenizer.eot_token
-            and (ids == corpus.tokenizer.eot_token).sum() == len(texts) == said["documents"]
-        )
-        assert said["tokens"] == len(ids) and said["bytes"] == sum(
-            len(text.encode()) for text in texts
-        )
+        ends = ids == corpus.tokenizer.eot_token
+        decoded = corpus.tokenizer.decode_bytes(ids.tolist()).decode()
+        assert decoded == "".join(EOT + text for text in texts)
+        assert ends[0] and ends.sum() == len(texts) == said["documents"]
+        assert said["tokens"] == len(ids)
+        assert said["bytes"] == sum(len(text.encode()) for text in texts)
     # not a byte of validation in the vocabulary
     assert corpus.tokenizer.hash == train_tokenizer(train, 512).hash
     assert len(corpus.hash) == 12
@@ -305,11 +455,8 @@ def test_corpus_holds_the_documents_in_order_each_after_end_of_text(prepared):
 def test_documents_that_spell_end_of_text_do_not_end(tmp_path):
     prepare([(str(i), f"a {EOT} b\n" * 9) for i in range(20)], tmp_path / "out", 260)
     corpus = load_corpus(tmp_path / "out")
-    assert (
-        (corpus.train == corpus.tokenizer.eot_token).sum()
-        == corpus.meta["train"]["documents"]
-        == 18
-    )
+    ends = (corpus.train == corpus.tokenizer.eot_token).sum()
+    assert ends == corpus.meta["train"]["documents"] == 18
 
 
 def test_preparing_twice_in_any_order_gives_equal_bytes(prepared, tmp_path):
@@ -390,7 +537,10 @@ def flip_a_byte(folder):
         (lambda folder: os.truncate(folder / "train.bin", 1001), ["train.bin", "size", "1001"]),
         (lambda folder: os.truncate(folder / "val.bin", 0), ["val.bin", "size", "is 0"]),
         (flip_a_byte, ["train.bin", "sha256"]),
-        (lambda folder: os.truncate(folder / "meta.json", 50), ["meta.json", "not JSON"]),
+        (
+            lambda folder: os.truncate(folder / "meta.json", 50),
+            ["meta.json", "damaged", "not JSON"],
+        ),
         (lambda folder: (folder / "meta.json").write_text("[]"), ["meta.json", "list", "dict"]),
         (edit(lambda meta: meta.pop("n_vocab")), ["meta.json", "n_vocab", "int"]),
         (edit(lambda meta: meta["train"].pop("sha256")), ["meta.json", "sha256", "str"]),
@@ -414,11 +564,57 @@ def test_damaged_corpus_is_refused(copy, damage, parts):
     damage(copy)
     with pytest.raises(ValueError) as refusal:
         load_corpus(copy)
-    message = str(refusal.value)
-    assert (
-        all(part in message for part in [*parts, f"python -m data.prepare --out {copy}"])
-        and "\n" not in message
-    )
+    message, mend = str(refusal.value), f"python -m data.prepare --out {copy}"
+    assert all(part in message for part in [*parts, mend]) and "\n" not in message
+
+
+STRANGE = [None, True, 0, -1, 2**31, 10**30, 1.5, float("nan"), "", "\ud800", EOT, "(", "a*"]
+STRANGE += ["(\\p{L}{1000}){1000}", [], {}, [[1]], {"content": 3}]
+
+
+def mutated(raw, rng):
+    """JSON with one value replaced by a strange one, left out, or copied to another place."""
+    at, path = raw, []
+    while isinstance(at, dict | list) and at and (not path or rng.random() < 0.7):
+        path.append((at, list(at)[rng.integers(len(at))] if isinstance(at, dict) else -1))
+        at = at[path[-1][1]]
+    above, key = path[-1]
+    kind = rng.integers(3)
+    if kind == 0:
+        above[key] = STRANGE[rng.integers(len(STRANGE))]
+    elif kind == 1:
+        del above[key]
+    elif isinstance(above, dict):
+        above[list(above)[0]] = above[key]
+    else:
+        above.append(above[key])
+    return raw
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["ours", "tokenizer.json alone"])
+def test_mutated_values_are_accepted_or_one_line(copy, alone):
+    """Two hundred corpora with a strange value in one of their JSON files: ValueError or OSError in
+    one line, or a tokenizer that encodes, or refuses a text in one line."""
+    files = ["meta.json", "tokenizer_meta.json"]
+    if alone:
+        files = ["tokenizer.json", "tokenizer_config.json"]
+        (copy / "tokenizer.tiktoken").unlink()
+        (copy / "tokenizer_meta.json").unlink()
+    rng, refused = np.random.default_rng(0), 0
+    whole = {file: (copy / file).read_bytes() for file in files}
+    for _ in range(200):
+        file = files[rng.integers(2)]
+        (copy / file).write_text(json.dumps(mutated(json.loads(whole[file]), rng)))
+        try:
+            loaded = load_tokenizer(copy)
+            loaded.encode_ordinary(AWKWARD[4] + AWKWARD[6])
+            loaded.decode_bytes(range(600))
+            load_corpus(copy)
+        except (ValueError, OSError) as error:
+            assert str(error) and "\n" not in str(error)
+            refused += 1
+        (copy / file).write_bytes(whole[file])
+    assert 30 < refused < 190
 
 
 @pytest.mark.parametrize("file", ["meta.json", "train.bin", "val.bin", "tokenizer.tiktoken"])
@@ -449,12 +645,8 @@ def test_files_folders_and_packages_combine(tmp_path, monkeypatch, capsys):
     main(["--text", "notes", "book.txt", "--packages", "tqdm", "json", "--vocab_size=300"])
     corpus = load_corpus("corpora/notes")
     text = corpus.tokenizer.decode_bytes([*corpus.train.tolist(), *corpus.val.tolist()]).decode()
-    assert (
-        "über Öl" in text
-        and "a line\r\n" in text
-        and "unseeable" not in text
-        and "class JSONDecoder" in text
-    )
+    assert "über Öl" in text and "a line\r\n" in text and "class JSONDecoder" in text
+    assert "unseeable" not in text
     assert corpus.tokenizer.n_vocab == 300 and "bytes per token" in capsys.readouterr().out
     assert os.listdir("corpora") == ["notes"]
 
@@ -467,6 +659,16 @@ def test_packages_are_found_without_being_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert [name for name, _ in from_package("explosive")] == ["explosive/__init__.py"]
     assert [name for name, _ in from_package("lonely")] == ["lonely.py"]
+
+
+def test_a_package_says_which_of_its_files_are_no_text(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "__init__.py").write_text("x = 1")
+    (tmp_path / "mixed" / "old.py").write_bytes("# Öl".encode("latin-1"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [name for name, _ in from_package("mixed")] == ["mixed/__init__.py"]
+    said = capsys.readouterr().out
+    assert "left out 1 of 2 files" in said and "old.py is not UTF-8" in said
 
 
 @pytest.mark.parametrize(
@@ -535,10 +737,8 @@ def test_out_that_cannot_be_is_refused_before_any_work(tmp_path, refused, out, p
     (tmp_path / "file").write_text("precious")
     line = refused("--out", tmp_path / out)
     assert part in line and str(tmp_path / out) in line and "--out" in line
-    assert (
-        sorted(os.listdir(tmp_path)) == ["file", "full", "holds"]
-        and (tmp_path / "file").read_text() == "precious"
-    )
+    assert sorted(os.listdir(tmp_path)) == ["file", "full", "holds"]
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_as_a_process():
@@ -548,11 +748,8 @@ def test_as_a_process():
         capture_output=True,
         text=True,
     )
-    assert (
-        process.returncode == 2
-        and process.stdout == ""
-        and process.stderr.startswith("error: absent .txt not found")
-    )
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith("error: absent .txt not found")
     assert process.stderr.count("\n") == 1
 
 
@@ -566,6 +763,29 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        "data.prepare.train_tokenizer",
+        "data.prepare.write_split",
+        "data.prepare.write_json",
+        "data.prepare.sync",
+        "os.replace",
+    ],
+)
+def test_an_interrupt_at_any_step_is_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, refused, step
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("a line of the book\n" * 99)
+    monkeypatch.setattr(step, interrupt)
+    assert "interrupted" in refused("--text", "book.txt", "--vocab-size", "260")
+    assert os.listdir() == ["book.txt"]
+
+
 def test_command_line_keeps_values_that_look_like_flags():
     line = CommandLine()
     line.add_argument("--some-prompt")
@@ -573,6 +793,170 @@ def test_command_line_keeps_values_that_look_like_flags():
     assert line.parse(["--some_prompt=--a_b"]).some_prompt == "--a_b"
     assert line.parse(["--some-prompt", "--- a_title"]).some_prompt == "--- a_title"
     assert line.parse(["--", "--x_y"]).rest == ["--x_y"]
+
+
+# ---- two at once ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first(monkeypatch):
+    """first(out) prepares in a thread and stops in the midst of it; first.go() lets it go on, or
+    end in an error."""
+    write, midst, onward, threads = prepare_module.write_split, Event(), Event(), []
+
+    def slow(file, *more):
+        if threading.current_thread() in threads:
+            midst.set()
+            assert onward.wait(30)
+            if slow.error is not None:
+                raise slow.error
+        return write(file, *more)
+
+    def work(out):
+        with suppress(KeyboardInterrupt):
+            prepare(DOCUMENTS, out, 300)
+
+    def start(out):
+        threads.append(threading.Thread(target=work, args=[out]))
+        threads[0].start()
+        assert midst.wait(30)
+
+    def go(error=None):
+        slow.error = error
+        onward.set()
+        threads[0].join(30)
+
+    slow.error, start.go = None, go
+    monkeypatch.setattr("data.prepare.write_split", slow)
+    yield start
+    go()
+
+
+def second(out, documents=DOCUMENTS, vocab_size=300):
+    """A thread that prepares the same folder, and what it returns or raises."""
+    outcome = []
+
+    def work():
+        try:
+            outcome.append(prepare(documents, out, vocab_size))
+        except OSError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive() and not outcome, "it does not wait"
+    return thread, outcome
+
+
+def test_the_second_takes_the_corpus_of_the_first(first, tmp_path, capsys):
+    first(tmp_path / "out")
+    thread, outcome = second(tmp_path / "out")
+    first.go()
+    thread.join()
+    assert outcome == [load_corpus(tmp_path / "out").meta]
+    assert capsys.readouterr().out.count("bytes per token") == 1
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("other", [{"vocab_size": 301}, {"documents": DOCUMENTS[1:]}])
+def test_the_second_refuses_another_corpus(first, tmp_path, other):
+    first(tmp_path / "out")
+    thread, outcome = second(tmp_path / "out", **other)
+    first.go()
+    thread.join()
+    assert "already holds a corpus" in str(outcome[0])
+    assert load_corpus(tmp_path / "out").tokenizer.n_vocab == 300
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_the_second_goes_on_where_the_first_fails(first, tmp_path):
+    """The first takes the folders away that it made, under the waiting second."""
+    first(tmp_path / "new" / "out")
+    thread, outcome = second(tmp_path / "new" / "out")
+    first.go(error=KeyboardInterrupt())
+    thread.join()
+    assert outcome == [load_corpus(tmp_path / "new" / "out").meta]
+    assert os.listdir(tmp_path / "new") == ["out"]
+
+
+def test_a_killed_preparation_holds_nobody_up_and_leaves_nothing(tmp_path):
+    code = (
+        "import sys, time; import data.prepare as p; p.sync = lambda _: time.sleep(60); "
+        "p.prepare([('a', 'some text\\n' * 99)], sys.argv[1], 257)"
+    )
+    out = tmp_path / "out"
+    killed = subprocess.Popen([sys.executable, "-c", code, out], cwd=Path(__file__).parents[1])
+    while not (tmp_path / ".out.unfinished" / "meta.json").exists():
+        assert killed.poll() is None
+        time.sleep(0.02)
+    thread, outcome = second(out)
+    killed.kill()
+    killed.wait()
+    thread.join()
+    assert outcome == [load_corpus(out).meta] and os.listdir(tmp_path) == ["out"]
+
+
+# ---- needles in any text -------------------------------------------------------------------------
+
+WORDS = "the model attends to what stands near it and finds what stands far away "
+HAYSTACKS = {
+    "code": "def near(x):\n    return x * 9  # what stands near\n",
+    "words without lines": WORDS,
+    "long lines": WORDS * 30 + "\n",
+    "neither words nor lines": "abcdefghijklmnopqrstuvwxyz",
+    "characters of three bytes": "近くのものも遠くのものも見つける",
+    "lines alone": "\n",
+}
+
+
+def haystack(tokenizer, kind) -> np.ndarray:
+    """20,000 ids of one of HAYSTACKS."""
+    ids = tokenizer.encode_ordinary(HAYSTACKS[kind])
+    return np.tile(np.array(ids), 20_000 // len(ids) + 1)
+
+
+def depth_of_answer(example) -> float:
+    """The share of the text that stands before the needle with the first question's answer."""
+    answer, needle = example.tokens[example.answer == 0], example.segment == NEEDLE
+    found = [
+        start
+        for start in np.flatnonzero(needle)
+        if np.array_equal(example.tokens[start : start + len(answer)], answer)
+    ]
+    text = (example.segment == CONTEXT) | (example.segment == BEGIN)
+    text[0] = False  # end of text
+    return text[: found[0]].sum() / text.sum()
+
+
+@pytest.mark.parametrize("kind", HAYSTACKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "aggregation"])
+def test_needles_land_where_they_are_asked_to_in_any_text(tokenizer, kind, task):
+    """Within a tenth of the text, at 512 tokens, never inside of a character."""
+    maker = Needles(tokenizer, haystack(tokenizer, kind), evaluation=True)
+    for depth in (0.0, 0.1, 0.35, 0.5, 0.8, 1.0):
+        for seed in range(5):
+            example = maker.task(task, np.random.default_rng(seed), 512, depth)
+            assert abs(depth_of_answer(example) - depth) <= 0.1, (depth, seed)
+            change = np.diff((example.segment == NEEDLE).astype(int))
+            begins, ends = (1 + np.flatnonzero(change == step) for step in (1, -1))
+            # the window itself may begin inside of a character, and a needle before all of it
+            behind = map(tokenizer.token_bytes, example.tokens[ends[begins > 1]])
+            assert not any(0x80 <= piece[0] < 0xC0 for piece in behind)
+
+
+@pytest.mark.parametrize("depth", [None, 0.0, 0.3, 1.0])
+def test_in_text_of_short_lines_every_needle_stands_between_lines(tokenizer, monkeypatch, depth):
+    """To the bit as if nothing else were known."""
+    maker = Needles(tokenizer, haystack(tokenizer, "code"), evaluation=False)
+    make = lambda: [
+        maker.task(task, np.random.default_rng(3), length, depth).tokens
+        for task in TASKS
+        for length in (300, 512, 2048)
+    ]
+    made = make()
+    monkeypatch.setattr("data.needles.NEAR", 10**9)
+    assert all(map(np.array_equal, made, make()))
 
 
 # ---- downloads, from this machine --------------------------------------------------------------
@@ -599,6 +983,8 @@ def server(monkeypatch):
         running.pages = {
             "/book.txt": "eine Zeile über nichts\n".encode() * 99,
             "/latin": b"\xd6l",
+            "/nul": b"a\0b\0",
+            "/mark.txt": b"\xef\xbb\xbf" + b"a line\n" * 99,
             "/short": b"cut",
         }
         running.address = f"http://127.0.0.1:{running.server_port}"
@@ -618,12 +1004,19 @@ def test_download(server, tmp_path, monkeypatch, capsys):
     assert "error" not in capsys.readouterr().err
 
 
+def test_a_byte_order_mark_is_skipped_in_a_download_and_in_a_folder(server, tmp_path):
+    assert from_url(server.address + "/mark.txt")[0][1].startswith("a line")
+    (tmp_path / "marked.txt").write_bytes(server.pages["/mark.txt"])
+    assert from_text(tmp_path)[0][1].startswith("a line")
+
+
 @pytest.mark.parametrize(
     "page, argv, parts",
     [
         ("/book.txt", ["--sha256", "0" * 64], ["sha256", "0" * 64]),
         ("/absent", [], ["404", "cannot download"]),
         ("/latin", [], ["UTF-8"]),
+        ("/nul", [], ["NUL bytes"]),
         ("/short", [], ["3 of 12 bytes"]),
     ],
 )
