@@ -28,8 +28,8 @@ from torch import Tensor, nn
 import engine
 from attention import visible_pairs
 from commandline import CommandLine, choose_device, guarded
-from lab.report import check_out, distinct, figure_of, progress, write
-from model import ModelConfig, Transformer
+from lab.report import at_least, check_out, figure_of, grouped, progress, write
+from model import ModelConfig, Transformer, require
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 128, "d_ff": 336}
 LARGE = {"n_layer": 12, "n_head": 12, "n_kv_head": 4, "d_model": 768, "d_ff": 2048}
@@ -82,12 +82,11 @@ def peak_bytes(device: torch.device) -> int:
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where getrusage also counts what the parent held before
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        raise ValueError("peak memory is not measured on Windows: use Linux or macOS") from None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+    mac = sys.platform == "darwin"
+    require(mac, "peak memory is not measured on Windows: use Linux or macOS")
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
@@ -190,8 +189,7 @@ def plot(costs: list[Cost], out: Path) -> None:
         del panels["train_ms"]
     figure, axes = figure_of(14, 3.6, 1, len(panels))
     for axis, (field, title) in zip(axes, panels.items()):
-        for pattern in distinct(costs, "pattern"):
-            of = [cost for cost in costs if cost.pattern == pattern]
+        for pattern, of in grouped(costs, "pattern").items():
             points = sorted((cost.length, getattr(cost, field)) for cost in of)
             axis.plot(*zip(*points), marker=".", label=pattern)
         axis.set(title=title, xlabel="context, tokens", xscale="log", yscale="log")
@@ -208,8 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--patterns", nargs="+", default=["R", "RN", "rrrN"])
     lengths = "tokens (default: 512 to 8k on CPU, 4k to 128k on CUDA)"
     add("--lengths", nargs="+", type=int, help=lengths)
-    step = "measure a training step too"
-    add("--train", action=BooleanOptionalAction, default=True, help=step)
+    add("--train", action=BooleanOptionalAction, default=True, help="a training step too")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--out", type=Path, default=Path("cost"), help="OUT.csv, OUT.png (cost)")
     args = parser.parse(argv)
@@ -218,14 +215,12 @@ def main(argv: list[str] | None = None) -> None:
     sizes, lengths = SIZES[kind], args.lengths or LENGTHS[kind]
     for pattern in args.patterns:
         ModelConfig(pattern=pattern, **sizes)
-    if min(lengths) < 2:
-        raise ValueError(f"--lengths {min(lengths)} must be at least 2")
+    at_least(2, lengths=min(lengths))
     check_out(args.out)
 
     costs = []
     for length, pattern in progress(list(product(lengths, args.patterns))):
-        job = (pattern, length, sizes, str(device), 3, args.train)
-        costs.append(in_own_process(measure, *job))
+        costs.append(in_own_process(measure, pattern, length, sizes, device, 3, args.train))
     where = f"{sizes} on {device}, {torch.get_num_threads()} threads"
     write(costs, args.out, plot, f"{where}\n{table(costs)}")
 

@@ -23,9 +23,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b t c) -> (b t c)."""
-        q, k, v = rearrange(
-            self.c_attn(self.ln_1(x)), "b t (three h d) -> three b h t d", three=3, h=self.n_head
-        )
+        qkv = self.c_attn(self.ln_1(x))
+        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.n_head)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attn_proj(rearrange(y, "b h t d -> b t (h d)"))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
@@ -35,14 +34,7 @@ class GPT2(nn.Module):
     """Learned positions up to `length`, full causal attention in every layer, the output matrix
     tied to the embeddings."""
 
-    def __init__(
-        self,
-        n_layer: int = 12,
-        n_head: int = 12,
-        d_model: int = 768,
-        vocab_size: int = 50304,
-        length: int = 1024,
-    ):
+    def __init__(self, n_layer=12, n_head=12, d_model=768, vocab_size=50304, length=1024):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocab_size, d_model), nn.Embedding(length, d_model)
         self.layers = nn.ModuleList(Block(d_model, n_head) for _ in range(n_layer))
@@ -65,7 +57,5 @@ class GPT2(nn.Module):
     def flops_per_token(self, length: int) -> float:
         """Training FLOPs of a token in sequences of `length`, visible pairs only, as
         Transformer.flops_per_token counts them."""
-        return (
-            6 * self.matmul_parameters()
-            + 12 * self.wte.embedding_dim * len(self.layers) * visible_pairs(length) / length
-        )
+        attention = 12 * self.wte.embedding_dim * len(self.layers) * visible_pairs(length) / length
+        return 6 * self.matmul_parameters() + attention

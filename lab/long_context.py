@@ -19,20 +19,12 @@ from pathlib import Path
 
 from commandline import CommandLine, guarded
 from data.corpus import Corpus
-from lab.report import figure_of, length_axis, markdown
-from lab.reproduce import a_rate
-from lab.runs import (
-    LEARNED,
-    RATES,
-    TASKS,
-    Plan,
-    best,
-    default_corpus,
-    extension,
-    found,
-    has_learned,
-    record,
-)
+from data.prepare import open_corpus as default_corpus
+from lab import runs
+from lab.report import figure_of, length_axis
+from lab.reproduce import table
+from lab.runs import LEARNED, TASKS, Plan, best, extension, found, has_learned, record
+from model import require
 
 TRAINED, LENGTHS = 512, (512, 1024, 2048, 4096, 8192)
 BASES = {  # name -> recipe, flags
@@ -94,66 +86,61 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
 
 def page(made: list[Row], rates: list[float], picture: str) -> str:
     """Markdown: how it was made, and a table a task."""
-    first, lengths = made[0][1], [f"{n:,}" for n in LENGTHS]
-    lines = [
+    first = made[0][1]
+    paragraphs = [
         "# Long context",
-        "",
-        f"Needles on held-out text with held-out keys and values, one seed, {len(made)} rows, as "
-        "`python -m lab.long_context` prints them: exact match ± standard error / likelihood "
-        f"against seven wrong answers (chance .125). Trained length {TRAINED}; rates tried: "
-        f"{', '.join(map(str, rates))}. Corpus {first['corpus']}, torch {first['torch']}.",
+        "Needles on held-out text with held-out keys and values, one seed, "
+        f"{len(made)} rows, as `python -m lab.long_context` prints them: exact match ± standard "
+        "error / likelihood against seven wrong answers (chance .125). Trained length "
+        f"{TRAINED}; rates tried: {', '.join(map(str, rates))}. Corpus {first['corpus']}, torch "
+        f"{first['torch']}.\n"
         f"Rows marked * come from a base run that found fewer than {LEARNED} in its own table at "
         f"{TRAINED} (four asked among eight), three times the steps included: it had not learned "
         "that, and they say nothing about length, but for a task whose own column at "
-        f"{TRAINED} is high all the same.",
+        f"{TRAINED} is high all the same.\n"
         "NoPE layers begin with queries half like their keys (run.py); RoPE layers, and so models "
         "converted from them, do not: one row tells what that does.",
-        "",
         f"![exact match against context length, before and after extension]({picture})",
     ]
     for task in TASKS:
-        table = []
+        rows = []
         for name, entry in made:
             cells = [found(entry, task, n) for n in LENGTHS]
-            table.append([name, *(cell_text(cell) for cell in cells)])
-        lines += ["", f"## {task}", "", markdown(["", *lengths], table).replace("|  |", "| |", 1)]
-    lines += ["", "## What others report, and what is seen here", "", reported(made)]
-    lines += ["", "## How each was made", ""]
+            shown = "{exact:.2f} ± {exact_error:.2f} / {likelihood:.2f}".format_map
+            rows.append([name, *map(shown, cells)])
+        paragraphs += [f"## {task}", table(["", *(f"{n:,}" for n in LENGTHS)], rows)]
+    paragraphs += ["## What others report, and what is seen here", reported(made)]
+    ways = []
     for name, entry in made:
         how = f", evaluated with {entry['treatment']}"
         if not entry["treatment"]:
-            longest = max(int(length) for length in entry["recipe"]["phase"][-1]["lengths"])
+            longest = max(map(int, entry["recipe"]["phase"][-1]["lengths"]))
             nats = f"{entry['val_loss']:.3f} nats per token at {longest:,} tokens"
             how = f" ({entry['seconds']:.0f} s, {nats})"
-        lines.append(f"- {name}: `{entry['plan']}`{how}")
-    return "\n".join(lines)
-
-
-def cell_text(cell: dict) -> str:
-    """Exact match, its error and likelihood."""
-    return f"{cell['exact']:.2f} ± {cell['exact_error']:.2f} / {cell['likelihood']:.2f}"
+        ways.append(f"- {name}: `{entry['plan']}`{how}")
+    return "\n\n".join([*paragraphs, "## How each was made", "\n".join(ways)]) + "\n"
 
 
 def reported(made: list[Row]) -> str:
     """Each of REPORTED beside what was found: "shown" where the difference exceeds two standard
     errors, "reversed" likewise."""
-    entries = {name.rstrip(" *"): entry for name, entry in made}
-    unlearned = {name.rstrip(" *") for name, _ in made if name.endswith("*")}
-    table = []
-    for says, more, less, length in (tuple(row.values()) for row in REPORTED):
-        if not {more, less} <= entries.keys():
+    entries = {name.rstrip(" *"): (entry, name) for name, entry in made}
+    rows = []
+    for row in REPORTED:
+        pair = [row["more"], row["less"]]
+        if not entries.keys() >= set(pair):
             continue
-        starred = "".join(f" ({name}: *)" for name in (more, less) if name in unlearned)
+        (a, _), (b, _) = (entries[name] for name in pair)
+        stars = "".join(f" ({name}: *)" for name in pair if entries[name][1].endswith("*"))
         cells = []
         for task in TASKS:
-            a, b = (found(entries[name], task, length) for name in (more, less))
-            difference = a["exact"] - b["exact"]
-            error = math.hypot(a["exact_error"], b["exact_error"])
-            word = "shown" if difference > 2 * error else "not shown"
-            word = "reversed" if -difference > 2 * error else word
-            cells.append(f"{a['exact']:.2f} against {b['exact']:.2f}: {word}")
-        table.append([says, f"{more}; {less}{starred}", f"{length:,}", *cells])
-    return markdown(["reported", "rows", "tokens", *TASKS], table)
+            x, y = (found(entry, task, row["tokens"]) for entry in (a, b))
+            difference = x["exact"] - y["exact"]
+            clear = abs(difference) > 2 * math.hypot(x["exact_error"], y["exact_error"])
+            word = ("shown" if difference > 0 else "reversed") if clear else "not shown"
+            cells.append(f"{x['exact']:.2f} against {y['exact']:.2f}: {word}")
+        rows.append([row["says"], "; ".join(pair) + stars, f"{row['tokens']:,}", *cells])
+    return table(["reported", "rows", "tokens", *TASKS], rows)
 
 
 def plot(made: list[Row], out: Path) -> None:
@@ -180,26 +167,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(prog="python -m lab.long_context", description=__doc__)
     bases = {"nargs": "+", "default": list(BASES), "metavar": "PATTERN"}
     parser.add_argument("--only", **bases, help=f"of {', '.join(BASES)}")
-    rates = {"nargs": "+", "type": a_rate, "default": list(RATES)}
-    default = " ".join(map(str, RATES))
-    parser.add_argument("--rates", **rates, help=f"learning rates (default: {default})")
+    runs.add_rates(parser)
     out = Path("results/long-context")
     parser.add_argument("--out", type=Path, default=out, help="OUT.md and OUT.png")
     args = parser.parse(argv)
     for name in args.only:
-        if name not in BASES:
-            known = ", ".join(map(repr, BASES))
-            raise ValueError(f"--only {name!r} is unknown: use some of {known}")
+        known = ", ".join(map(repr, BASES))
+        require(name in BASES, f"--only {name!r} is unknown: use some of {known}")
     if not args.out.parent.is_dir():
-        raise FileNotFoundError(
-            f"{args.out.parent} is no folder: --out begins with one that exists"
-        )
-    corpus, made = default_corpus(), []
-    for name, entry in rows(corpus, args.only, args.rates):
+        missing = f"{args.out.parent} is no folder"
+        raise FileNotFoundError(f"{missing}: --out begins with one that exists")
+    made = []
+    for name, entry in rows(default_corpus(), args.only, args.rates):
         made.append((name, entry))
         scores = [(t, [f"{found(entry, t, n)['exact']:.2f}" for n in LENGTHS]) for t in TASKS]
         print(f"{name}: " + "; ".join(f"{t} {' '.join(s)}" for t, s in scores), flush=True)
-    text = page(made, args.rates, f"{args.out.name}.png") + "\n"
+    text = page(made, args.rates, f"{args.out.name}.png")
     Path(f"{args.out}.md").write_text(text, encoding="utf-8")
     plot(made, Path(f"{args.out}.png"))
     print(f"written to {args.out}.md and {args.out}.png")

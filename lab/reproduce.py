@@ -8,61 +8,38 @@ a verdict for each.
 Writes results/reproduce-<scale>/report.md and retrieval.png (with --only: report-8.md, ...), from
 the records of results/runs.jsonl, and makes those that are missing (lab/runs.py), so that nothing
 is trained twice and a command that was cut off goes on. lab/claims.toml has the claims' words.
-
-**The verdict's rule.** Each part of a claim is a paired difference per seed, positive where the
-paper's claim holds. "Reproduced": all seeds are positive and their mean exceeds two standard
-errors. "Reversed": likewise, negative. Otherwise "not decided", as one seed always is. "No worse"
-leaves a margin of .02: nats of a loss, or a share of needles. Parts about retrieval count only
-where every variant has learned that task in every seed: .8 of its needles at the trained length,
-the learning rate chosen on the first seed (patterns of eight layers take rrrN's) and the training
-lengthened to three times where it does not find .8 in its own table, the harder one of four asked
-among eight.
 """
 
-import math
-import multiprocessing
 import tomllib
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy import ndarray
 
 from commandline import CommandLine, guarded
 from data.corpus import Corpus, load_corpus
+from data.prepare import open_corpus as default_corpus
 from evaluate import mean_and_error
-from lab import cost
+from lab import cost, runs
 from lab.report import at_least, figure_of, length_axis, markdown
-from lab.runs import (
-    HERE,
-    LEARNED,
-    RATES,
-    TASKS,
-    TIMES,
-    Plan,
-    at_trained_length,
-    best,
-    default_corpus,
-    extension,
-    found,
-    has_learned,
-    kept,
-    record,
-)
+from lab.runs import HERE, LEARNED, TASKS, TIMES, Plan, extension, found, has_learned
 from model import ModelConfig, Transformer
-from recipe import read_toml
 
 RESULTS = HERE / "results"
+WORDS = tomllib.loads((Path(__file__).parent / "claims.toml").read_text(encoding="utf-8"))
 MARGIN = 0.02  # of "no worse"
-VARIANTS = {  # name -> flags; those of eight layers take rrrN's learning rate
+VARIANTS = {  # name -> flags
     "R": (("pattern", "R"),),
     "QK-Norm": (("pattern", "R"), ("qk-norm", "")),
     "N": (("pattern", "N"),),
     "RN": (("pattern", "RN"),),
     "rrrN": (("pattern", "rrrN"),),
 }
-DEEP = {"rN": "1:1", "rrrN": "3:1", "rrrrrrrN": "7:1"}  # at eight layers -> windowed to full
+# Windowed to full layers -> variant of eight layers: its pattern, at rrrN's learning rate.
+DEEP = {"1:1": "rN x8", "3:1": "rrrN x8", "7:1": "rrrrrrrN x8"}
 
 
 @dataclass(frozen=True)
@@ -94,50 +71,9 @@ class Lab:
     scale: Scale
     corpus: Corpus
     seeds: list[int]
-    rates: list[float] = field(default_factory=lambda: list(RATES))
+    rates: Sequence[float] = runs.RATES
     chosen: dict[str, tuple[Plan, bool]] = field(default_factory=dict)  # see `choose`
     second: set[str] = field(default_factory=set)  # variants whose second stage was asked for
-
-    def record(self, plan: Plan, **more) -> dict:
-        """See lab.runs."""
-        return record(plan, self.corpus, trained_at=self.scale.trained, **more)
-
-    def choose(self, variant: str) -> tuple[Plan, bool]:
-        """The variant's run of seed 1 and whether it learned; where it never did, the unstretched
-        one, which other seeds then repeat."""
-        if variant not in self.chosen:
-            pattern, s = variant.removesuffix(" x8"), self.scale
-            flags = VARIANTS.get(variant) or (("pattern", pattern), *s.deep)
-            rates = [self.choose("rrrN")[0].rate] if variant.endswith("x8") else self.rates
-            plan, made = best(s.base, flags, self.corpus, rates, s.trained)
-            learned = has_learned(made, s.trained)
-            self.chosen[variant] = (plan if learned else plan.with_flags(stretch="")), learned
-        return self.chosen[variant]
-
-    def plan(self, variant: str, seed: int, stretched: bool = True) -> Plan:
-        """The variant's run of a seed: seed 1's flags, and three times the steps where these are
-        not enough for this seed."""
-        plan, learned = self.choose(variant)
-        if not stretched:
-            plan = plan.with_flags(stretch="")
-        if seed > 1:
-            plan = plan.with_flags(seed=str(seed))
-        if stretched and learned and "stretch" not in dict(plan.flags):
-            if not has_learned(self.record(plan, what="run"), self.scale.trained):
-                plan = plan.with_flags(stretch="3")
-        return plan
-
-    def base(self, variant: str) -> list[Plan]:
-        """The variant's first stage."""
-        return [self.plan(variant, seed) for seed in self.seeds]
-
-    def extended(self, variant: str, recipe: str | None = None) -> list[Plan]:
-        """The variant's second stage: theta raised for RoPE, positions untouched for hybrids and
-        NoPE, unless `recipe` says otherwise."""
-        self.second.add(variant)
-        raised = variant in ("R", "QK-Norm")
-        recipe = recipe or (self.scale.extend_rope if raised else self.scale.extend)
-        return [extension(recipe, plan) for plan in self.base(variant)]
 
     @property
     def lengths(self) -> list[int]:
@@ -149,211 +85,74 @@ class Lab:
         """The last of them."""
         return self.lengths[-1]
 
-    # Each of these returns a value for each seed.
+    @property
+    def window(self) -> int:
+        """Of the windowed variants' training."""
+        return Plan(self.scale.base).toml["model"]["window"]
 
-    def loss(self, variant: str) -> list[float]:
+    def record(self, plan: Plan, **more) -> dict:
+        """See lab.runs."""
+        return runs.record(plan, self.corpus, trained_at=self.scale.trained, **more)
+
+    def choose(self, variant: str) -> tuple[Plan, bool]:
+        """The variant's run of seed 1 and whether it learned; where it never did, the unstretched
+        one, which other seeds then repeat."""
+        if variant not in self.chosen:
+            scale, rates = self.scale, self.rates
+            flags = VARIANTS.get(variant)
+            if flags is None:
+                rates = [self.choose("rrrN")[0].rate]
+                flags = (("pattern", variant.removesuffix(" x8")), *scale.deep)
+            plan, made = runs.best(scale.base, flags, self.corpus, rates, scale.trained)
+            learned = has_learned(made, scale.trained)
+            self.chosen[variant] = (plan if learned else plan.with_flags(stretch="")), learned
+        return self.chosen[variant]
+
+    def base(self, variant: str) -> list[Plan]:
+        """The variant's first stage, a run for each seed: seed 1's flags, and three times the steps
+        where these are not enough for this seed."""
+        chosen, learned = self.choose(variant)
+        plans = []
+        for seed in self.seeds:
+            plan = chosen.with_flags(seed=str(seed) if seed > 1 else "")
+            if learned and "stretch" not in dict(plan.flags):
+                if not has_learned(self.record(plan, what="run"), self.scale.trained):
+                    plan = plan.with_flags(stretch="3")
+            plans.append(plan)
+        return plans
+
+    def extended(self, variant: str, recipe: str | None = None) -> list[Plan]:
+        """The variant's second stage: theta raised for RoPE, positions untouched for hybrids and
+        NoPE, unless `recipe` says otherwise."""
+        self.second.add(variant)
+        raised = variant in ("R", "QK-Norm")
+        recipe = recipe or (self.scale.extend_rope if raised else self.scale.extend)
+        return [extension(recipe, plan) for plan in self.base(variant)]
+
+    # Each of these returns an array, a value for each seed.
+
+    def loss(self, variant: str) -> ndarray:
         """Validation loss after the same steps for every variant, nats per token at the trained
         length."""
-        plans = [self.plan(variant, seed, stretched=False) for seed in self.seeds]
-        return [self.record(plan, what="run")["val_loss"] for plan in plans]
+        plans = [plan.with_flags(stretch="") for plan in self.base(variant)]
+        return np.array([self.record(plan, what="run")["val_loss"] for plan in plans])
 
-    def needles(self, plans: list[Plan], length: int, task: str, **treatment) -> list[float]:
+    def needles(self, plans: list[Plan], length: int, task: str, **treatment) -> ndarray:
         """Exact match of a task at a length."""
-        made = [self.record(plan, treatment=treatment or None) for plan in plans]
-        return [found(each, task, length)["exact"] for each in made]
+        made = [self.record(plan, treatment=treatment) for plan in plans]
+        return np.array([found(each, task, length)["exact"] for each in made])
 
-    def mass(self, plans: list[Plan], key: str, layers: str = "all") -> list[float]:
+    def mass(self, plans: list[Plan], key: str, layers: str = "all") -> ndarray:
         """A figure of lab.attention_mass at four times the trained length."""
-        rows = [self.record(plan, what="attention")["masses"] for plan in plans]
-        which = (4 * self.scale.trained, layers)
-        return [next(r[key] for r in each if (r["length"], r["layers"]) == which) for each in rows]
+        which, values = (4 * self.scale.trained, layers), []
+        for plan in plans:
+            rows = self.record(plan, what="attention")["masses"]
+            values += [row[key] for row in rows if (row["length"], row["layers"]) == which]
+        return np.array(values)
 
-    def learned(self, names: Sequence[str], task: str = "single") -> dict[str, list[bool]]:
-        """Of each variant: does a run find LEARNED of a task's needles at the trained length?"""
-        at_trained = {n: self.needles(self.base(n), self.scale.trained, task) for n in names}
-        return {n: [exact >= LEARNED for exact in values] for n, values in at_trained.items()}
-
-
-# ------------------------------------------------------------------------------------------------
-# The claims
-
-
-@dataclass(frozen=True)
-class Part:
-    """One comparison: what it says, the values it shows (name -> one a seed), and differences,
-    positive where it holds; of the variants whose retrieval it is about, who has learned."""
-
-    says: str
-    shown: dict[str, list[float]]
-    differences: list[float]
-    learned: dict[str, list[bool]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim of the paper: its figures, why a small scale may not show it, and its parts."""
-
-    title: str
-    paper: str
-    otherwise: str
-    parts: Callable[[Lab], list[Part]]
-
-
-def verdict(part: Part) -> str:
-    """The rule of the module's docstring."""
-    unlearned = [name for name, seeds in part.learned.items() if not all(seeds)]
-    if unlearned:
-        return f"not decided: {', '.join(unlearned)} had not learned"
-    if len(part.differences) < 2:
-        return "not decided: one seed"
-    mean, error = mean_and_error(part.differences)
-    if all(d > 0 for d in part.differences) and mean > 2 * error:
-        return "reproduced"
-    if all(d < 0 for d in part.differences) and -mean > 2 * error:
-        return "reversed"
-    return "not decided"
-
-
-Named = tuple[str, list[float]]
-
-
-def above(says: str, a: Named, b: Named, learned: dict | None = None, margin: float = 0.0) -> Part:
-    """a > b - margin."""
-    return Part(says, dict([a, b]), [x - y + margin for x, y in zip(a[1], b[1])], learned or {})
-
-
-def below(says: str, a: Named, b: Named, learned: dict | None = None, margin: float = 0.0) -> Part:
-    """a < b + margin."""
-    return Part(says, dict([a, b]), [y - x + margin for x, y in zip(a[1], b[1])], learned or {})
-
-
-def _loss(lab: Lab) -> list[Part]:
-    r, qk, n = ((name, lab.loss(name)) for name in ("R", "QK-Norm", "N"))
-    return [
-        below("R no worse than QK-Norm", r, qk, margin=MARGIN),
-        below("R < N", r, n),
-        below("QK-Norm < N", qk, n),
-    ]
-
-
-def _long_needles(lab: Lab) -> list[Part]:
-    parts, at = [], lab.scale.extended
-    for task in TASKS:
-        exact = {n: lab.needles(lab.extended(n), at, task) for n in ("R", "N", "QK-Norm")}
-        for a, b in (("R", "N"), ("N", "QK-Norm"), ("R", "QK-Norm")):
-            learned = lab.learned((a, b), task)
-            parts.append(above(f"{task}: {a} > {b}", (a, exact[a]), (b, exact[b]), learned))
-    return parts
-
-
-def _needle_mass(lab: Lab) -> list[Part]:
-    mass = {n: lab.mass(lab.extended(n), "needle") for n in ("N", "R", "QK-Norm")}
-    return [
-        above(f"{a} > {b}", (a, mass[a]), (b, mass[b]), lab.learned((a, b)))
-        for a, b in (("N", "R"), ("R", "QK-Norm"))
-    ]
-
-
-def _sink(lab: Lab) -> list[Part]:
-    r, qk = (lab.mass(lab.extended(name), "begin") for name in ("R", "QK-Norm"))
-    tenth = [x / 10 - y for x, y in zip(r, qk)]
-    return [Part("begin mass: QK-Norm under a tenth of R", {"R": r, "QK-Norm": qk}, tenth)]
-
-
-def _entropy(lab: Lab) -> list[Part]:
-    r, qk = (lab.mass(lab.extended(name), "entropy_share") for name in ("R", "QK-Norm"))
-    ratios = [y / x for x, y in zip(r, qk)]
-    near = [0.5 - abs(ratio - 2) for ratio in ratios]
-    return [
-        above("entropy / log2(keys): QK-Norm > R", ("QK-Norm", qk), ("R", r)),
-        Part("the ratio is between 1.5 and 2.5", {"QK-Norm / R": ratios}, near),
-    ]
-
-
-def _hybrid_layers(lab: Lab) -> list[Part]:
-    plans = lab.extended("RN")
-    of = lambda key, layers: (f"{layers} layers", lab.mass(plans, key, layers))
-    needle, qc = "needle mass: NoPE layers > RoPE layers", "mass on question and answer: "
-    return [
-        above(needle, of("needle", "NoPE"), of("needle", "RoPE"), lab.learned(["RN"])),
-        above(qc + "RoPE layers > NoPE layers", of("qc", "RoPE"), of("qc", "NoPE")),
-    ]
-
-
-def _theta(lab: Lab) -> list[Part]:
-    both = {
-        "raised": lab.extended("RN", lab.scale.extend_rope),
-        "untouched": lab.extended("RN"),
-    }
-    of = lambda values: [(name, values(plans)) for name, plans in both.items()]
-    qc = of(lambda plans: lab.mass(plans, "qc", "RoPE"))
-    parts, long = [below("RoPE layers' mass on question and answer", *qc)], lab.longest
-    for task in TASKS:
-        exact = of(lambda plans, task=task: lab.needles(plans, long, task))
-        parts.append(below(f"{task} at {long:,}", *exact, lab.learned(["RN"], task)))
-    return parts
-
-
-def _central(lab: Lab) -> list[Part]:
-    parts = []
-    for task in TASKS:
-        names = ("rrrN", "RN", "R")
-        swa, rn, r = ((n, lab.needles(lab.extended(n), lab.longest, task)) for n in names)
-        of = lambda *pair, task=task: lab.learned(pair, task)
-        parts += [
-            above(f"{task}: rrrN no worse than RN", swa, rn, of("rrrN", "RN"), MARGIN),
-            above(f"{task}: RN > R", rn, r, of("RN", "R")),
-            above(f"{task}: rrrN > R", swa, r, of("rrrN", "R")),
-        ]
-    return parts
-
-
-def _ratio(lab: Lab) -> list[Part]:
-    parts, name = [], "{} x8".format
-    loss = lambda p: (DEEP[p], lab.loss(name(p)))
-    exact = lambda p: (DEEP[p], lab.needles(lab.base(name(p)), lab.longest, "multi-key"))
-    for other in ("rN", "rrrrrrrN"):
-        learned, no_worse = lab.learned((name("rrrN"), name(other)), "multi-key"), DEEP[other]
-        says = f"loss: 3:1 no worse than {no_worse}"
-        parts.append(below(says, loss("rrrN"), loss(other), margin=MARGIN))
-        says = f"multi-key at {lab.longest:,}: 3:1 no worse than {no_worse}"
-        parts.append(above(says, exact("rrrN"), exact(other), learned, MARGIN))
-    return parts
-
-
-def _short_context(lab: Lab) -> list[Part]:
-    losses = [(name, lab.loss(name)) for name in ("rrrN", "R")]
-    return [below("rrrN no worse than R", *losses, margin=MARGIN)]
-
-
-def _kept(lab: Lab) -> list[Part]:
-    parts, trained = [], lab.scale.trained
-    for task in TASKS:
-        shares = []
-        for name in ("rrrN", "R"):
-            short, long = (lab.needles(lab.base(name), n, task) for n in (trained, lab.longest))
-            shares.append((name, [y / max(x, 1e-9) for x, y in zip(short, long)]))
-        says = f"{task} at {lab.longest:,} over {trained:,}, not extended: rrrN > R"
-        parts.append(above(says, *shares, lab.learned(("rrrN", "R"), task)))
-    return parts
-
-
-def _cost(lab: Lab) -> list[Part]:
-    made = [costs(repeat) for repeat in lab.seeds]
-    keys = ("cache", "cache_promised", "step", "flops")
-    cache, promised, step, flops = ([each[key] for each in made] for key in keys)
-    return [
-        Part(
-            "cache of rrrN over R's, within .01 of the promise",
-            {"measured": cache, "promised": promised},
-            [0.01 - abs(x - y) for x, y in zip(cache, promised)],
-        ),
-        Part(
-            "training step of rrrN over R's, at most 1.25 times the FLOPs' ratio",
-            {"measured": step, "FLOPs": flops},
-            [1.25 * y - x for x, y in zip(step, flops)],
-        ),
-    ]
+    def learned(self, variant: str, task: str) -> ndarray:
+        """Does the run find LEARNED of a task's needles at the trained length?"""
+        return self.needles(self.base(variant), self.scale.trained, task) >= LEARNED
 
 
 def costs(repeat: int) -> dict:
@@ -361,13 +160,13 @@ def costs(repeat: int) -> dict:
     their own, or read from the record."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes, length = cost.SIZES[device], cost.LENGTHS[device][-1]
+    patterns = ("R", "rrrN")
 
     def make() -> dict:
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            made = [pool.apply(cost.measure, (p, length, sizes, device)) for p in ("R", "rrrN")]
-        full, swa = made
+        work = cost.in_own_process
+        full, swa = (work(cost.measure, pattern, length, sizes, device) for pattern in patterns)
         with torch.device("meta"):
-            models = [Transformer(ModelConfig(pattern=p, **sizes)) for p in ("R", "rrrN")]
+            models = [Transformer(ModelConfig(pattern=pattern, **sizes)) for pattern in patterns]
         flops = [model.flops_per_token(length) for model in models]
         return {
             "length": length,
@@ -377,46 +176,188 @@ def costs(repeat: int) -> dict:
             "flops": flops[1] / flops[0],
         }
 
-    return kept(["cost", device, length, repeat], make)
-
-
-def _late_window(lab: Lab) -> list[Part]:
-    trained, base = lab.scale.trained, lab.base("R")
-    window = read_toml(HERE / "recipes" / f"{lab.scale.base}.toml")["model"]["window"]
-    half = [x / 2 for x in lab.needles(base, trained, "single")]
-    cut = lab.needles(base, trained, "single", pattern="r", window=window)
-    swa = lab.needles(lab.base("rrrN"), trained, "single")
-    says = f"R with a window of {window} at evaluation finds under half of what it found"
-    return [
-        below(says, ("windowed", cut), ("half of whole", half), lab.learned(["R"])),
-        above(
-            f"rrrN, trained with that window, finds {LEARNED}",
-            ("rrrN", swa),
-            ("bar", [LEARNED] * len(swa)),
-        ),
-    ]
-
-
-PARTS = (
-    *(_loss, _long_needles, _needle_mass, _sink, _entropy, _hybrid_layers, _theta, _central),
-    *(_ratio, _short_context, _kept, _cost, _late_window),
-)
-WORDS = tomllib.loads((Path(__file__).parent / "claims.toml").read_text(encoding="utf-8"))
-CLAIMS = {n: Claim(**WORDS[str(n)], parts=parts) for n, parts in enumerate(PARTS, 1)}
+    return runs.kept(["cost", device, length, repeat], make)
 
 
 # ------------------------------------------------------------------------------------------------
-# The report
+# The claims
+
+# Metrics: (lab, label, task) -> an array, a value for each seed. Labels are mostly variants.
+
+loss = lambda lab, name, task: lab.loss(name)
+short = lambda lab, name, task: lab.needles(lab.base(name), lab.scale.trained, task)
+long = lambda lab, name, task: lab.needles(lab.base(name), lab.longest, task)
+kept_share = lambda lab, *what: long(lab, *what) / short(lab, *what).clip(1e-9)
+extended = lambda lab, name, task: lab.needles(lab.extended(name), lab.scale.extended, task)
+farthest = lambda lab, name, task: lab.needles(lab.extended(name), lab.longest, task)
+deep_loss = lambda lab, ratio, task: lab.loss(DEEP[ratio])
+deep_needles = lambda lab, ratio, task: long(lab, DEEP[ratio], task)
+
+mass = lambda key: lambda lab, name, task: lab.mass(lab.extended(name), key)
+begin, needle, entropy = map(mass, ("begin", "needle", "entropy_share"))
+entropy_ratio = lambda lab, label, task: entropy(lab, "QK-Norm", task) / entropy(lab, "R", task)
+layers = lambda key: lambda lab, kind, task: lab.mass(lab.extended("RN"), key, kind.split()[0])
+layers_needle, layers_qc = map(layers, ("needle", "qc"))
+
+theta = lambda lab, label: lab.extended("RN", lab.scale.extend_rope if label == "raised" else None)
+theta_qc = lambda lab, label, task: lab.mass(theta(lab, label), "qc", "RoPE")
+theta_needles = lambda lab, label, task: lab.needles(theta(lab, label), lab.longest, task)
+
+cost_of = lambda keys: lambda lab, label, task: np.array([costs(n)[keys[label]] for n in lab.seeds])
+cache = cost_of({"measured": "cache", "promised": "cache_promised"})
+step = cost_of({"measured": "step", "FLOPs": "flops"})
 
 
-def shown(values: list[float]) -> str:
-    """Mean ± standard error over seeds."""
-    mean, error = mean_and_error(values)
-    return f"{mean:.3f}" + (f" ± {error:.3f}" if len(values) > 1 else "")
+def cut(lab: Lab, label: str, task: str) -> ndarray:
+    """What R finds under a window at evaluation, or half of what it finds without."""
+    if label == "half of whole":
+        return short(lab, "R", task) / 2
+    window = {"pattern": "r", "window": lab.window}
+    return lab.needles(lab.base("R"), lab.scale.trained, task, **window)
+
+
+def against_bar(lab: Lab, name: str, task: str) -> ndarray:
+    """What a variant finds at the trained length, or the bar for having learned."""
+    return np.full(len(lab.seeds), LEARNED) if name == "bar" else short(lab, name, task)
+
+
+ABOUT = {  # of metrics about retrieval: label -> the variant that must have learned the task
+    **dict.fromkeys((extended, farthest, kept_share, needle), lambda name: name),
+    **dict.fromkeys((layers_needle, theta_needles), lambda label: "RN"),
+    deep_needles: DEEP.get,
+    cut: lambda label: "R",
+}
+
+# Rules: differences that are positive where the claim holds, from the values of each label.
+
+more = lambda a, b: a - b
+less = lambda a, b: b - a
+no_less = lambda a, b: a - b + MARGIN
+no_more = lambda a, b: b - a + MARGIN
+under_a_tenth = lambda whole, part: whole / 10 - part
+near_two = lambda ratio: 0.5 - abs(ratio - 2)
+as_promised = lambda measured, promised: 0.01 - abs(measured - promised)
+near_flops = lambda measured, flops: 1.25 * flops - measured
+
+AT, TRAINED = "at {lab.longest:,}", "{lab.scale.trained:,}, not extended"
+CLAIMS = {  # what is said, rule, metric, labels; where it is not "single", the task
+    1: [
+        ("R no worse than QK-Norm", no_more, loss, ("R", "QK-Norm")),
+        ("R < N", less, loss, ("R", "N")),
+        ("QK-Norm < N", less, loss, ("QK-Norm", "N")),
+    ],
+    2: [
+        (f"{task}: {a} > {b}", more, extended, (a, b), task)
+        for task in TASKS
+        for a, b in (("R", "N"), ("N", "QK-Norm"), ("R", "QK-Norm"))
+    ],
+    3: [
+        ("N > R", more, needle, ("N", "R")),
+        ("R > QK-Norm", more, needle, ("R", "QK-Norm")),
+    ],
+    4: [("begin mass: QK-Norm under a tenth of R", under_a_tenth, begin, ("R", "QK-Norm"))],
+    5: [
+        ("entropy / log2(keys): QK-Norm > R", more, entropy, ("QK-Norm", "R")),
+        ("the ratio is between 1.5 and 2.5", near_two, entropy_ratio, ("QK-Norm / R",)),
+    ],
+    6: [
+        (f"{what}: {a} > {b}", more, metric, (a, b))
+        for what, metric, a, b in (
+            ("needle mass", layers_needle, "NoPE layers", "RoPE layers"),
+            ("mass on question and answer", layers_qc, "RoPE layers", "NoPE layers"),
+        )
+    ],
+    7: [
+        ("RoPE layers' mass on question and answer", less, theta_qc, ("raised", "untouched")),
+        *((f"{task} {AT}", less, theta_needles, ("raised", "untouched"), task) for task in TASKS),
+    ],
+    8: [
+        (f"{task}: {a} {word} {b}", rule, farthest, (a, b), task)
+        for task in TASKS
+        for a, word, b, rule in (
+            ("rrrN", "no worse than", "RN", no_less),
+            ("RN", ">", "R", more),
+            ("rrrN", ">", "R", more),
+        )
+    ],
+    9: [
+        (f"{what}: 3:1 no worse than {other}", rule, metric, ("3:1", other), task)
+        for other in ("1:1", "7:1")
+        for what, rule, metric, task in (
+            ("loss", no_more, deep_loss, "single"),
+            (f"multi-key {AT}", no_less, deep_needles, "multi-key"),
+        )
+    ],
+    10: [("rrrN no worse than R", no_more, loss, ("rrrN", "R"))],
+    11: [
+        (f"{task} {AT} over {TRAINED}: rrrN > R", more, kept_share, ("rrrN", "R"), task)
+        for task in TASKS
+    ],
+    12: [
+        (f"{what} of rrrN over R's, {near}", rule, metric, ("measured", beside))
+        for what, near, rule, metric, beside in (
+            ("cache", "within .01 of the promise", as_promised, cache, "promised"),
+            ("training step", "at most 1.25 times the FLOPs' ratio", near_flops, step, "FLOPs"),
+        )
+    ],
+    13: [
+        (
+            "R with a window of {lab.window} at evaluation finds under half of what it found",
+            less,
+            cut,
+            ("windowed", "half of whole"),
+        ),
+        (f"rrrN, trained with that window, finds {LEARNED}", more, against_bar, ("rrrN", "bar")),
+    ],
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# The verdicts
+
+
+@dataclass(frozen=True)
+class Part:
+    """A comparison's outcome: what it says, the values it shows (label -> one a seed), their
+    differences, and of the variants that it is about, which seeds have learned."""
+
+    says: str
+    shown: dict[str, ndarray]
+    differences: ndarray
+    learned: dict[str, ndarray] = field(default_factory=dict)
+
+
+def compare(
+    lab: Lab,
+    says: str,
+    rule: Callable,
+    metric: Callable,
+    labels: Sequence[str],
+    task: str = "single",
+) -> Part:
+    """A row of CLAIMS, measured now where no record says it."""
+    shown = {label: metric(lab, label, task) for label in labels}
+    variants = map(ABOUT[metric], labels) if metric in ABOUT else ()
+    learned = {name: lab.learned(name, task) for name in variants}
+    return Part(says.format(lab=lab), shown, rule(*shown.values()), learned)
+
+
+def verdict(part: Part) -> str:
+    """The rule that every report begins with: WORDS["rule"]."""
+    unlearned = [name for name, seeds in part.learned.items() if not all(seeds)]
+    if unlearned:
+        return f"not decided: {', '.join(unlearned)} had not learned"
+    if len(part.differences) < 2:
+        return "not decided: one seed"
+    mean, error = mean_and_error(part.differences)
+    for word, sign in (("reproduced", 1), ("reversed", -1)):
+        if all(sign * d > 0 for d in part.differences) and sign * mean > 2 * error:
+            return word
+    return "not decided"
 
 
 def summary(verdicts: list[str]) -> str:
-    """Of a claim, from its parts."""
+    """The verdict of a claim, from its parts'."""
     if len(set(verdicts)) == 1:
         return verdicts[0]
     words = ("reproduced", "reversed", "not decided")
@@ -424,121 +365,114 @@ def summary(verdicts: list[str]) -> str:
     return ", ".join(f"{n} of {len(verdicts)} {word}" for word, n in counts.items() if n)
 
 
+# ------------------------------------------------------------------------------------------------
+# The report
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean ± standard error over seeds."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" + (f" ± {error:.3f}" if len(values) > 1 else "")
+
+
 def report(lab: Lab, name: str, results: dict[int, list[Part]], picture: str) -> str:
     """Markdown: the verdicts, every comparison, and the runs behind them."""
-    s, seeds = lab.scale, len(lab.seeds)
-    whole = len(results) == len(CLAIMS)
-    only = "" if whole else f" --only {' '.join(map(str, results))}"
-    lines = [
+    scale, seeds = lab.scale, len(lab.seeds)
+    only = "" if len(results) == len(CLAIMS) else f" --only {' '.join(map(str, results))}"
+    verdicts, details = [], []
+    for number, parts in results.items():
+        claim, words = WORDS[str(number)], [verdict(part) for part in parts]
+        verdicts.append([str(number), claim["title"], claim["paper"], f"**{summary(words)}**"])
+        rows = []
+        for part, word in zip(parts, words):
+            measured = ", ".join(f"{label} {shown(of)}" for label, of in part.shown.items())
+            rows.append([part.says, measured, shown(part.differences), word])
+        details += [f"## {number}. {claim['title']}", f"Paper: {claim['paper']}."]
+        details.append(table(["comparison", "measured", "difference", "verdict"], rows))
+        if not {"reproduced", "not decided: one seed"}.issuperset(words):
+            details.append(claim["otherwise"].strip())
+    paragraphs = [
         f"# The paper's claims at {name} scale",
-        "",
         f"Written by `python -m lab.reproduce --scale {name} --seeds {seeds}{only}`, from the "
         f"records in `results/runs.jsonl`. {seeds} seed{'s' if seeds > 1 else ''}; trained at "
-        f"{s.trained:,} tokens, extended to {s.extended:,}, needles (exact match) to "
-        f"{lab.longest:,}; attention masses after extension at {4 * s.trained:,}. Corpus "
+        f"{scale.trained:,} tokens, extended to {scale.extended:,}, needles (exact match) to "
+        f"{lab.longest:,}; attention masses after extension at {4 * scale.trained:,}. Corpus "
         f"{lab.corpus.hash}.",
-        "",
         WORDS["rule"],
-        "",
         f"![needles found against context length]({picture})",
-        "",
+        table(["", "claim", "paper", "verdict"], verdicts),
+        *details,
+        "## The variants",
+        WORDS["variants"],
+        variants(lab),
     ]
-    rows = []
-    for number, parts in results.items():
-        claim, word = CLAIMS[number], summary([verdict(part) for part in parts])
-        rows.append([str(number), claim.title, claim.paper, f"**{word}**"])
-    lines.append(markdown(["", "claim", "paper", "verdict"], rows).replace("|  |", "| |", 1))
-    for number, parts in results.items():
-        claim, rows = CLAIMS[number], []
-        for part in parts:
-            measured = ", ".join(f"{key} {shown(values)}" for key, values in part.shown.items())
-            rows.append([part.says, measured, shown(part.differences), verdict(part)])
-        lines += ["", f"## {number}. {claim.title}", "", f"Paper: {claim.paper}.", ""]
-        lines.append(markdown(["comparison", "measured", "difference", "verdict"], rows))
-        if any(verdict(part) not in ("reproduced", "not decided: one seed") for part in parts):
-            lines += ["", claim.otherwise.strip()]
-    return "\n".join([*lines, "", "## The variants", "", variants(lab)]) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def table(head: Sequence[str], rows: list[list[str]]) -> str:
+    """In Markdown, an empty cell as one space."""
+    return markdown(head, rows).replace("  |", " |")
 
 
 def variants(lab: Lab) -> str:
     """A row a variant and stage: its run, its own table at the trained length, its loss, and its
     needles by length."""
-
-    def cells(plans: list[Plan]) -> list[str]:
-        exact = lambda n: [shown(lab.needles(plans, n, task)) for task in TASKS]
-        return [" / ".join(exact(n)) for n in lab.lengths]
-
-    rows = []
-    for name, (chosen, _) in lab.chosen.items():
-        plans, trained = lab.base(name), lab.scale.trained
-        own = [at_trained_length(lab.record(plan, what="run"), trained) for plan in plans]
-        tables = " ".join(f"{exact:.2f}" for exact in own)
-        stretch = " ".join(dict(plan.flags).get("stretch", "1") for plan in plans)
-        loss = shown(lab.loss(name))
-        rows.append([name, str(chosen.rate), stretch, tables, loss, *cells(plans)])
-        if name in lab.second:
-            rows.append([f"{name}, extended | | | | ", *cells(lab.extended(name))])
     head = ["variant", "rate", "stretch", "own table at the trained length", "nats per token"]
-    head += [f"{n:,}" for n in lab.lengths]
-    table = markdown(head, rows).replace("| | | |  |", "| | | | |")
-    return f"{WORDS['variants']}\n\n{table}"
+    rows = []
+
+    def add(plans: list[Plan], *cells: str) -> None:
+        tasks = [[shown(lab.needles(plans, n, task)) for task in TASKS] for n in lab.lengths]
+        rows.append([*cells, *map(" / ".join, tasks)])
+
+    for name, (chosen, _) in lab.chosen.items():
+        plans = lab.base(name)
+        made = [lab.record(plan, what="run") for plan in plans]
+        tables = " ".join(f"{runs.at_trained_length(each, lab.scale.trained):.2f}" for each in made)
+        stretch = " ".join(dict(plan.flags).get("stretch", "1") for plan in plans)
+        add(plans, name, str(chosen.rate), stretch, tables, shown(lab.loss(name)))
+        if name in lab.second:
+            add(lab.extended(name), f"{name}, extended", *[""] * 4)
+    return table([*head, *(f"{n:,}" for n in lab.lengths)], rows)
 
 
 def plot(lab: Lab, out: Path) -> None:
     """Needles against length for every variant, mean and standard error over seeds: a row a stage,
     a column a task."""
-    names = [name for name in VARIANTS if name in lab.chosen]
-    stages = [("trained", lab.base, lab.scale.trained, names)]
+    stages = [("trained", lab.base, lab.scale.trained, lab.chosen)]
     if lab.second:
-        second = [name for name in names if name in lab.second]
-        stages.append(("extended", lab.extended, lab.scale.extended, second))
-    shape = len(stages), len(TASKS)
-    size = 11, 0.4 + 3 * len(stages)
-    figure, axes = figure_of(*size, *shape, sharex=True, sharey=True, squeeze=False)
+        stages.append(("extended", lab.extended, lab.scale.extended, lab.second))
+    options = {"sharex": True, "sharey": True, "squeeze": False}
+    figure, axes = figure_of(11, 0.4 + 3 * len(stages), len(stages), len(TASKS), **options)
     for row, (stage, plans_of, length, names) in zip(axes, stages):
         for axis, task in zip(row, TASKS):
-            for name in names:
-                seeds = [lab.needles(plans_of(name), n, task) for n in lab.lengths]
-                means, errors = zip(*map(mean_and_error, seeds))
-                errors = [0 if math.isnan(error) else error for error in errors]  # one seed
-                learned = all(lab.learned([name], task)[name])
-                style = {"linestyle": "-" if learned else ":", "marker": "o", "markersize": 4}
-                color = f"C{list(VARIANTS).index(name)}"
-                axis.errorbar(
-                    lab.lengths, means, errors, capsize=2, label=name, color=color, **style
-                )
+            for i, name in enumerate(VARIANTS):
+                if name in names:
+                    seeds = [lab.needles(plans_of(name), n, task) for n in lab.lengths]
+                    means, errors = np.nan_to_num([mean_and_error(values) for values in seeds]).T
+                    line = "-" if lab.learned(name, task).all() else ":"
+                    style = {"color": f"C{i}", "linestyle": line, "marker": "o", "markersize": 4}
+                    axis.errorbar(lab.lengths, means, errors, capsize=2, label=name, **style)
             axis.axvline(length, color="gray", linewidth=0.8)
-            axis.set(title=f"{task}, {stage} at {length:,} tokens", ylim=(-0.03, 1.03))
             length_axis(axis, lab.lengths)
-            axis.set(xlabel="")
+            axis.set(title=f"{task}, {stage} at {length:,} tokens", ylim=(-0.03, 1.03))
+            axis.label_outer()
         row[0].set_ylabel("needles found (exact match)")
     title = "dotted: that task not\nlearned in every seed"
     axes[0, -1].legend(title=title, loc="upper left", bbox_to_anchor=(1, 1))
-    for axis in axes[-1]:
-        axis.set_xlabel("context, tokens")
     figure.savefig(out, dpi=120)
-
-
-def a_rate(text: str) -> float:
-    """A learning rate from the command line."""
-    rate = float(text)
-    if not 0 < rate < 1:
-        raise ArgumentTypeError(f"--rates {text} is not between 0 and 1")
-    return rate
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = CommandLine(prog="python -m lab.reproduce", description=__doc__)
-    scales, rates = ", ".join(SCALES), " ".join(map(str, RATES))
-    parser.add_argument("--scale", default="laptop", help=f"of {scales} (default: laptop)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 1 on (default: 3)")
-    titles = "; ".join(f"{n} {claim.title}" for n, claim in CLAIMS.items())
-    only = {"nargs": "+", "type": int, "default": list(CLAIMS), "metavar": "CLAIM"}
-    parser.add_argument("--only", **only, help=f"numbers of claims: {titles}")
-    of = {"nargs": "+", "type": a_rate, "default": list(RATES)}
-    parser.add_argument("--rates", **of, help=f"to choose from (default: {rates})")
+    parser = CommandLine(prog="python -m lab.reproduce", description=f"{__doc__}\n{WORDS['rule']}")
+    add = parser.add_argument
+    titles = "; ".join(f"{n} {WORDS[str(n)]['title']}" for n in CLAIMS)
+    several = {"nargs": "+", "type": int, "default": list(CLAIMS), "metavar": "CLAIM"}
+    add("--scale", default="laptop", help=f"of {', '.join(SCALES)} (default: laptop)")
+    add("--seeds", type=int, default=3, help="how many, from 1 on (default: 3)")
+    add("--only", **several, help=f"numbers of claims: {titles}")
+    runs.add_rates(parser)
     args = parser.parse(argv)
     if args.scale not in SCALES:
         raise ValueError(f"--scale {args.scale!r} is unknown: use {' or '.join(SCALES)}")
@@ -546,22 +480,23 @@ def main(argv: list[str] | None = None) -> None:
     for number in args.only:
         if number not in CLAIMS:
             raise ValueError(f"--only {number} is no claim: use 1 to {len(CLAIMS)}")
-    scale = SCALES[args.scale]
-    data = read_toml(HERE / "recipes" / f"{scale.base}.toml").get("data")
+    scale, only = SCALES[args.scale], sorted(set(args.only))
+    data = Plan(scale.base).toml.get("data")
     corpus = load_corpus(data) if data else default_corpus()
+    lab = Lab(scale, corpus, list(range(1, args.seeds + 1)), args.rates)
 
-    lab, results = Lab(scale, corpus, list(range(1, args.seeds + 1)), args.rates), {}
-    folder, only = RESULTS / f"reproduce-{args.scale}", sorted(set(args.only))
     suffix = "" if only == list(CLAIMS) else "-" + "-".join(map(str, only))
+    folder, picture = RESULTS / f"reproduce-{args.scale}", f"retrieval{suffix}.png"
     folder.mkdir(parents=True, exist_ok=True)
+    results = {}
     for number in only:
-        results[number] = CLAIMS[number].parts(lab)
+        results[number] = [compare(lab, *row) for row in CLAIMS[number]]
         word = summary([verdict(part) for part in results[number]])
-        print(f"{number}. {CLAIMS[number].title}: {word}", flush=True)
-    plot(lab, folder / f"retrieval{suffix}.png")
-    text = report(lab, args.scale, results, f"retrieval{suffix}.png")
-    (folder / f"report{suffix}.md").write_text(text, encoding="utf-8")
-    print(f"written to {folder / f'report{suffix}.md'}")
+        print(f"{number}. {WORDS[str(number)]['title']}: {word}", flush=True)
+    plot(lab, folder / picture)
+    out = folder / f"report{suffix}.md"
+    out.write_text(report(lab, args.scale, results, picture), encoding="utf-8")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -12,21 +12,23 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-import recipe as recipes
-from data.corpus import DEFAULT_CORPUS, Corpus
+from commandline import CommandLine
+from data.corpus import Corpus
 from data.needles import Needles
-from data.prepare import open_corpus
 from lab import attention_mass, needles
 from lab.curves import read_log
 from model import Transformer
+from recipe import read_toml
 
 HERE = Path(__file__).resolve().parent.parent
 RECORDS = HERE / "results" / "runs.jsonl"
@@ -60,7 +62,7 @@ class Plan:
     @property
     def toml(self) -> dict:
         """The recipe's tables."""
-        return recipes.read_toml(HERE / "recipes" / f"{self.recipe}.toml")
+        return read_toml(HERE / "recipes" / f"{self.recipe}.toml")
 
     @property
     def rate(self) -> float:
@@ -75,6 +77,14 @@ class Plan:
 
 def _hash(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def extension(recipe: str, plan: Plan) -> Plan:
+    """A short training by `recipe` that starts from the run of `plan`, without a table of its own:
+    the record asks needles anyway."""
+    layers = dict(plan.flags).get("n-layer", str(plan.toml["model"]["n_layer"]))
+    seed = tuple(flag for flag in plan.flags if flag[0] == "seed")
+    return Plan(recipe, (("n-layer", layers), ("eval-questions", "0"), *seed), plan)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -123,10 +133,8 @@ def trained(plan: Plan, corpus: Corpus) -> Path:
             with open(log, "a") as file:
                 subprocess.run(command, cwd=HERE, check=True, stdout=file, stderr=file)
         except subprocess.CalledProcessError as error:
-            raise ValueError(
-                f"a training failed (status {error.returncode}): {log} says why; what is done is "
-                "kept"
-            ) from None
+            why = f"a training failed (status {error.returncode}): {log} says why"
+            raise ValueError(f"{why}; what is done is kept") from None
     return folder
 
 
@@ -155,17 +163,13 @@ def record(
 
     at TIMES or MASS_TIMES `trained_at` tokens, for extended runs too.
     """
-    treatment = treatment or {}
-
-    def identity(what: str) -> list:
-        asked = {
-            "run": ["run"],
-            "needles": [EXAMPLES, TASKS, TIMES],
-            "attention": ["attention", MASS_EXAMPLES, MASS_TIMES],
-        }[what]
-        elsewhere = [] if trained_at == 512 else [trained_at]
-        return [VERSION, plan.key(corpus), treatment, *asked, *elsewhere]
-
+    treatment, elsewhere = treatment or {}, [] if trained_at == 512 else [trained_at]
+    asked = {
+        "run": ["run"],
+        "needles": [EXAMPLES, TASKS, TIMES],
+        "attention": ["attention", MASS_EXAMPLES, MASS_TIMES],
+    }
+    identity = lambda what: [VERSION, plan.key(corpus), treatment, *asked[what], *elsewhere]
     if what == "run" and _hash(identity("needles")) in records():
         what = "needles"
     return kept(identity(what), lambda: _measured(plan, corpus, treatment, what, trained_at))
@@ -173,13 +177,11 @@ def record(
 
 def records() -> dict[str, dict]:
     """All records by key."""
-    if not RECORDS.exists():
-        return {}
-    status = RECORDS.stat()
-    return _read(RECORDS, status.st_mtime_ns, status.st_size)
+    status = RECORDS.stat() if RECORDS.exists() else None
+    return _read(RECORDS, status.st_mtime_ns, status.st_size) if status else {}
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # while the file stands still
 def _read(path: Path, *version: int) -> dict[str, dict]:
     made = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return {record.pop("key"): record for record in made}
@@ -196,12 +198,12 @@ def kept(identity: list, make: Callable[[], dict]) -> dict:
 
 
 def _add(key: str, made: dict) -> None:
+    line = json.dumps({"key": key, **made}, separators=(",", ":"))
     with alone("records"):
         lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
-        lines = sorted([*lines, json.dumps({"key": key, **made}, separators=(",", ":"))])
         RECORDS.parent.mkdir(parents=True, exist_ok=True)
         partial = RECORDS.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        partial.write_text("\n".join(sorted([*lines, line])) + "\n", encoding="utf-8")
         os.replace(partial, RECORDS)
 
 
@@ -209,47 +211,44 @@ def _measured(plan: Plan, corpus: Corpus, treatment: dict, what: str, trained_at
     """A record of a run's, trained now where it must be."""
     folder = trained(plan, corpus)
     run, entries = json.loads((folder / "run.json").read_text()), read_log(folder)
-    final = next(entry for entry in reversed(entries) if entry.get("final"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Transformer.from_pretrained(folder / "last", device)
     model.config = replace(model.config, **treatment)
     hidden = Needles(corpus.tokenizer, corpus.val, evaluation=True)
-    own = ("val_loss", "val_bits_per_byte", "table")
+    own = () if treatment else ("val_loss", "val_bits_per_byte", "table")
     made = {
         "plan": str(plan),
         "treatment": treatment,
         "recipe": {key: value for key, value in run["recipe"].items() if key != "data"},
-        "corpus": run["corpus"],
-        **{key: run[key] for key in ("python", "torch", "device", "threads")},
+        **{key: run[key] for key in ("corpus", "python", "torch", "device", "threads")},
         "seconds": round(sum(entry.get("seconds", 0) for entry in entries), 1),
-        **({} if treatment else {key: final[key] for key in own}),
+        **{key: entries[-1][key] for key in own},
     }
     if what == "needles":
         made["needles"] = []
-        for task, times in ((task, times) for task in TASKS for times in TIMES):
-            args = (model, hidden, "", task, trained_at * times, None, EXAMPLES, 1)
-            cell = asdict(needles.measure(*args))
-            left_out = ("checkpoint", "depth", "examples")
-            made["needles"].append({k: v for k, v in cell.items() if k not in left_out})
-    if what == "attention":
-        made |= {"masses": [], "heads": []}
-        for times in MASS_TIMES:
+        for task, times in product(TASKS, TIMES):
             length = trained_at * times
-            rows, heads, _ = attention_mass.measure(model, hidden, "", length, MASS_EXAMPLES)
-            made["masses"] += map(_short, rows)
-            made["heads"] = [_short(head) for head in heads]
+            cell = needles.measure(model, hidden, "", task, length, None, EXAMPLES, 1)
+            made["needles"].append(_fields(cell, "depth", "examples"))
+    if what == "attention":
+        lengths = [trained_at * times for times in MASS_TIMES]
+        measure = lambda n: attention_mass.measure(model, hidden, "", n, MASS_EXAMPLES)
+        masses, heads, _ = zip(*map(measure, lengths))
+        made["masses"] = [_short(_fields(row)) for rows in masses for row in rows]
+        made["heads"] = [_short(_fields(head)) for head in heads[-1]]
     return made
 
 
-def _short(row) -> dict:
-    """A row's fields, numbers to five digits."""
-    fields = {key: value for key, value in asdict(row).items() if key != "checkpoint"}
+def _fields(row, *left_out: str) -> dict:
+    return {k: v for k, v in asdict(row).items() if k not in ("checkpoint", *left_out)}
+
+
+def _short(fields: dict) -> dict:
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in fields.items()}
 
 
-def default_corpus() -> Corpus:
-    """The corpus of the laptop recipes, prepared now where it is not there."""
-    return open_corpus(DEFAULT_CORPUS)
+# ------------------------------------------------------------------------------------------------
+# What records say
 
 
 def found(made: dict, task: str, length: int) -> dict:
@@ -259,45 +258,47 @@ def found(made: dict, task: str, length: int) -> dict:
 
 
 def at_trained_length(made: dict, trained_at: int) -> float:
-    """Exact match in the run's own table."""
+    """Exact match in the run's own table: multi-query, 200 questions. Runs are chosen by it, so
+    that the needles of a record's cells stay unseen."""
     return next(score["exact"] for score in made["table"] if score["length"] == trained_at)
 
 
 def has_learned(made: dict, trained_at: int) -> bool:
-    """Did the run find LEARNED of the needles in its own table (multi-query, 200 questions) at the
-    trained length? Runs are chosen by that table, so that the needles of a record's cells stay
-    unseen."""
+    """Did the run find LEARNED of its own table's needles at the trained length?"""
     return at_trained_length(made, trained_at) >= LEARNED
 
 
 def best(
-    recipe: str,
-    flags: tuple,
-    corpus: Corpus,
-    rates: Sequence[float] = RATES,
-    trained_at: int = 512,
+    recipe: str, flags: tuple, corpus: Corpus, rates: Sequence[float] = RATES, trained_at: int = 512
 ) -> tuple[Plan, dict]:
     """The run of a variant that all its tables speak of, and its record: the recipe at each of the
     rates, the best by exact match at the trained length, then by loss; where that has not learned
     the task, the same rate for three times the steps."""
-    made: list[tuple[Plan, dict]] = []
+    made: dict[Plan, dict] = {}
+    score = lambda plan: (at_trained_length(made[plan], trained_at), -made[plan]["val_loss"])
     for stretch in STRETCHES:
         for rate in rates:
             plan = Plan(recipe, flags)
-            plan = plan.with_flags(lr="" if rate == plan.rate else str(rate))
-            plan = plan.with_flags(stretch=str(stretch) if stretch > 1 else "")
-            made.append((plan, record(plan, corpus, what="run", trained_at=trained_at)))
-        score = lambda run: (at_trained_length(run[1], trained_at), -run[1]["val_loss"])
-        plan, chosen = max(made, key=score)
-        if has_learned(chosen, trained_at):
+            lr = "" if rate == plan.rate else str(rate)
+            plan = plan.with_flags(lr=lr, stretch=str(stretch) if stretch > 1 else "")
+            made[plan] = record(plan, corpus, what="run", trained_at=trained_at)
+        chosen = max(made, key=score)
+        if has_learned(made[chosen], trained_at):
             break
-        rates = [plan.rate]
-    return plan, chosen
+        rates = [chosen.rate]
+    return chosen, made[chosen]
 
 
-def extension(recipe: str, plan: Plan) -> Plan:
-    """A short training by `recipe` that starts from the run of `plan`, without a table of its own:
-    the record asks needles anyway."""
-    layers = dict(plan.flags).get("n-layer", str(plan.toml["model"]["n_layer"]))
-    seed = tuple(flag for flag in plan.flags if flag[0] == "seed")
-    return Plan(recipe, (("n-layer", layers), ("eval-questions", "0"), *seed), plan)
+def add_rates(parser: CommandLine) -> None:
+    """--rates, for `best` to choose from."""
+    many = {"nargs": "+", "type": a_rate, "default": list(RATES), "metavar": "RATE"}
+    default = " ".join(map(str, RATES))
+    parser.add_argument("--rates", **many, help=f"to choose from (default: {default})")
+
+
+def a_rate(text: str) -> float:
+    """A learning rate from the command line."""
+    rate = float(text)
+    if not 0 < rate < 1:
+        raise ArgumentTypeError(f"--rates {text} is not between 0 and 1")
+    return rate

@@ -14,7 +14,6 @@ count visible pairs only (Transformer.flops_per_token), and beside that as usual
 MFU where the datasheet's peak is known. On CUDA models run in bfloat16 autocast, on CPU in float32.
 """
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -25,10 +24,12 @@ import tempfile
 import tomllib
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,20 +49,13 @@ from lab.cost import alternate, clock_of, dtype_of, in_own_process, peak_bytes
 from lab.gpt2 import GPT2
 from lab.report import at_least, markdown, progress
 from lab.runs import multiplies_bfloat16
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, require
 from recipe import Stage
 from run import Run, read
 
 DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-SHAPES, SECTIONS = DATA["shapes"], DATA["sections"]
-DEFAULT = ("train", "forward", "decode", "memory")
-ON_CUDA = (*DEFAULT, "gpt2", "contexts", "long-decode", "kernels")
-WITH_COHERE2 = {"train", "forward", "decode", "long"}
-TASKS = {  # what is done, what its time is of, and how far peers may differ on CPU and CUDA
-    "train": ("{} x {:,} tokens a step, forward and backward", "ms a step", (1e-5, 1e-2)),
-    "forward": ("Logits of {} x {:,} tokens", "ms", (1e-4, 5e-2)),
-    "decode": ("{2} tokens after a prompt of {1}, float32", "ms a token", (0, 0)),
-}
+SHAPES, SECTIONS, TASKS = DATA["shapes"], DATA["sections"], DATA["tasks"]
+Table = tuple[str, list[dict[str, str]]]  # what was measured, and rows: column -> cell
 
 
 @dataclass(frozen=True)
@@ -94,12 +88,12 @@ class Job:
         if self.kind == "cohere2":
             model = as_cohere2(model)
             logits = lambda tokens: model(tokens, use_cache=False).logits
-        model.to(device)
 
         def whole(tokens: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(logits(tokens).flatten(0, 1).float(), targets.flatten())
 
-        return model, logits, model.loss if self.kind == "ours" and not self.whole else whole
+        loss = model.loss if self.kind == "ours" and not self.whole else whole
+        return model.to(device), logits, loss
 
     def work(self, device: torch.device) -> Callable[[], Tensor]:
         """What does the task once and returns what it says: a loss, logits or new tokens."""
@@ -152,32 +146,23 @@ def jobs_of(table: dict, args: Namespace) -> list[Job]:
     return jobs
 
 
-def measured(name: str, args: Namespace) -> tuple[str, str]:
-    """Title and text of a section."""
-    section = SECTIONS[name] | SECTIONS[name].get(args.device.type, {})
-    own = {"long-decode": long_decode, "kernels": kernels, "job": training_job}
-    return section["title"] + ", compiled" * args.compile, own.get(name, models)(args, section)
-
-
-def models(args: Namespace, section: dict) -> str:
-    """A section that compares models, table by table."""
-    parts = []
+def models(section: dict, args: Namespace) -> Iterator[Table]:
+    """Models that do the same."""
     for table in section["tables"]:
         table = section | table
         turns = min(args.repeats, table.get("turns", args.repeats))
-        parts.append(compare(jobs_of(table, args), args.device, turns))
-    return section.get("intro", "") + "\n\n".join(parts)
+        yield compare(jobs_of(table, args), args.device, turns)
 
 
-def compare(jobs: list[Job], device: torch.device, turns: int) -> str:
-    """Jobs of one task by turns, as a table; the last is who the others are measured by."""
+def compare(jobs: list[Job], device: torch.device, turns: int) -> Table:
+    """Jobs of one task by turns; the last is who the others are measured by."""
     base, cuda = jobs[-1], device.type == "cuda"
-    does, unit, tolerance = TASKS[base.task]
+    task = TASKS[base.task]
     works = {job.name: job.work(device) for job in jobs}
     said = {name: work() for name, work in works.items()}
     for job in jobs:
         peers = {peer.name: said[peer.name] for peer in jobs if peer.shape == job.shape}
-        agree(peers, tolerance[cuda])
+        agree(peers, task["tolerance"][cuda])
     n = 8192 if cuda else 2048
     square = torch.randn(n, n, device=device, dtype=dtype_of(device))
     works["matmul"] = partial(torch.matmul, square, square)
@@ -189,14 +174,13 @@ def compare(jobs: list[Job], device: torch.device, turns: int) -> str:
     for job in jobs:
         took, decodes = seconds[job.name], job.task == "decode"
         speed = (job.new_tokens if decodes else job.batch * job.length) / took
-        row = {"": job.name, unit: f"{1e3 / speed if decodes else 1e3 * took:,.2f}"}
+        row = {"": job.name, task["unit"]: f"{1e3 / speed if decodes else 1e3 * took:,.2f}"}
         row |= {"speed": f"{seconds[base.name] / took:.2f}", "tokens/s": f"{speed:,.0f}"}
         if job.task == "train":
             row |= training_columns(job, base, speed, rate, device)
         rows.append(row)
-    size = does.format(base.batch, base.length, base.new_tokens)
-    how = f"medians of {turns} turns; one matrix product {rate / 1e9:,.0f} GFLOP/s"
-    return f"{size}; {how}.\n\n{markdown(rows[0], map(dict.values, rows))}"
+    size = task["does"].format(base.batch, base.length, base.new_tokens)
+    return f"{size}; medians of {turns} turns; one matrix product {rate / 1e9:,.0f} GFLOP/s", rows
 
 
 def training_columns(job: Job, base: Job, speed: float, rate: float, device) -> dict[str, str]:
@@ -221,11 +205,9 @@ def agree(said: dict[str, Tensor], tolerance: float) -> None:
     (first, expected), *others = said.items()
     for name, got in others:
         error = ((got.double() - expected).abs().max() / expected.abs().max()).item()
-        if not error <= tolerance:
-            raise ValueError(
-                f"{name} and {first} do not say the same: off by {error:.1e} of the largest "
-                f"number, and {tolerance:.0e} is allowed; their times mean nothing"
-            )
+        differ = f"{name} and {first} do not say the same: off by {error:.1e} of the largest number"
+        nothing = f"and {tolerance:.0e} is allowed; their times mean nothing"
+        require(error <= tolerance, f"{differ}, {nothing}")
 
 
 def step_memory(job: Job, device: torch.device) -> int:
@@ -248,12 +230,12 @@ def machine(device: torch.device) -> str:
 # Sections of their own ----------------------------------------------------------------------------
 
 
-def long_decode(args: Namespace, section: dict) -> str:
+def long_decode(section: dict, args: Namespace) -> Iterator[Table]:
     """Decoding one sequence after a long context, rrrN against R."""
     device, dtype, context = args.device, dtype_of(args.device), section["length"]
     source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
-    copy = {"copy": partial(torch.empty_like(source).copy_, source)}
-    bandwidth = 2 * source.nbytes / alternate(copy, range(9), clock_of(device))["copy"]
+    copy = partial(torch.empty_like(source).copy_, source)
+    bandwidth = 2 * source.nbytes / alternate({"": copy}, range(9), clock_of(device))[""]
     shape, rows = SHAPES[section["shape"]] | section["config"], []
     with torch.device("meta"):
         weights = Transformer(ModelConfig(**shape)).matmul_parameters() * dtype.itemsize
@@ -269,22 +251,21 @@ def long_decode(args: Namespace, section: dict) -> str:
     mode = ", the step compiled" * args.compile + " into a CUDA graph" * (device.type == "cuda")
     text = f"One sequence of {context:,} tokens, window {shape['window']:,}, {dtype}{mode}; "
     text += f"medians of {args.new_tokens} tokens; copying {bandwidth / 1e9:,.0f} GB/s"
-    return f"{text}.\n\n{markdown(rows[0], map(dict.values, rows))}"
+    yield text, rows
 
 
-def kernels(args: Namespace, section: dict) -> str:
+def kernels(section: dict, args: Namespace) -> Iterator[Table]:
     """Windowed attention alone, forward and backward, beside what its visible pairs would take at
     the causal kernel's rate."""
     (h, k, d), length, device = section["heads"], section["length"], args.device
     make = partial(torch.randn, device=device, dtype=dtype_of(device))
     qkv = [make(1, n, length, d).requires_grad_() for n in (h, k, k)]
     upstream, rows = make(1, h, length, d), []
-    tolerance = 2e-2 if device.type == "cuda" else 1e-5
     for window in section["windows"]:
         runs = {name: partial(attend, *qkv, window, name) for name in section["names"]}
         if "varlen_attn" in runs:
             runs["varlen_attn"] = partial(varlen, *qkv, window)
-        agree({name: run().detach() for name, run in runs.items()}, tolerance)
+        agree({name: run().detach() for name, run in runs.items()}, section["tolerance"])
         runs["causal"] = partial(attend, *qkv)
         both = lambda run: torch.autograd.grad(run(), qkv, upstream)
         works = {name: partial(both, run) for name, run in runs.items()}
@@ -296,8 +277,7 @@ def kernels(args: Namespace, section: dict) -> str:
             row = {"window": f"{window:,}", "kernel": name, "ms": f"{took * 1e3:,.2f}"}
             rows.append(row | {"of the causal kernel's FLOP rate": f"{rate:.2f}"})
     size = f"One sequence of {length:,}, {h} heads and {k} of keys and values, width {d}"
-    turns = f"{dtype_of(device)}; medians of {args.repeats} turns"
-    return f"{size}, {turns}.\n\n{markdown(rows[0], map(dict.values, rows))}"
+    yield f"{size}, {dtype_of(device)}; medians of {args.repeats} turns", rows
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -314,45 +294,48 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return rearrange(out, "(b t) h d -> b h t d", b=b)
 
 
-def training_job(args: Namespace, section: dict, argv: Sequence[str] = ()) -> str:
+def training_job(section: dict, args: Namespace) -> Iterator[Table]:
     """Where the time of `python train.py` goes, and of `python train.py --bf16` on a CPU that has
-    bfloat16 units: some steps of each stage, times the number of them."""
-    bf16 = args.device.type == "cpu" and multiplies_bfloat16()
-    variants = [[], ["--bf16"]] if bf16 else [[]]
-    argv = [*argv, "--device", str(args.device)]
-    return "\n\n".join(job_times(args, argv + flags) for flags in variants)
+    bfloat16 units."""
+    twice = args.device.type == "cpu" and multiplies_bfloat16()
+    for flags in ([], ["--bf16"])[: 1 + twice]:
+        run, _ = read([*section["flags"], *flags, "--device", str(args.device)])
+        seconds = part_seconds(run, args.repeats)
+        total = seconds.total()
+        rows = []
+        for part, s in seconds.most_common():
+            rows.append({"part": part, "seconds": f"{s:,.1f}", "share": f"{s / total:.0%}"})
+        rows.append({"part": "all", "seconds": f"{total:,.1f}", "share": ""})
+        steps = f"{run.recipe.steps:,} steps of {run.recipe.batch_tokens:,} tokens"
+        precision = "bfloat16 autocast" if run.bf16 else "float32"
+        how = f"each part's median of {args.repeats} steps, times their number"
+        aside = "the forward pass makes the gradients of the loss on its way"
+        yield f"{steps}, {run.name}, {precision}; {how}; {aside}", rows
 
 
-def job_times(args: Namespace, argv: list[str]) -> str:
-    """Medians of a part's times, times how often train.py does it."""
-    run, _ = read(argv)
+def part_seconds(run: Run, steps: int) -> Counter:
+    """Seconds of each part of a training: its median in some steps of a stage, times how often
+    train.py does it."""
     run.optimizers = train.make_optimizers(run.model, run.recipe)
-    recipe, clock, whole = run.recipe, clock_of(run.device), Counter()
+    recipe, clock, seconds = run.recipe, clock_of(run.device), Counter()
     held_out = Needles(run.corpus.tokenizer, run.corpus.val, evaluation=True)
     for stage in recipe.stages():
         seen = defaultdict(list)
         started = clock()
-        for part in stage_parts(run, stage, held_out, args.repeats):
+        for part in stage_parts(run, stage, held_out, steps):
             seen[part].append(clock() - started)
             started = clock()
         ends = range(stage.start + 1, stage.end + 1)
         evaluations = sum(n % recipe.eval_every == 0 or n == stage.end for n in ends)
-        for part, seconds in seen.items():
+        for part, times in seen.items():
             count = evaluations if part.startswith("evaluation") else len(ends)
-            whole[part] += statistics.median(seconds) * count
+            seconds[part] += statistics.median(times) * count
     if run.needles and recipe.eval_questions:
         trained = run.model.config.trained_length
+        table = partial(needle_table, run.model, held_out, trained, recipe.eval_questions)
         with redirect_stdout(None):
-            table = partial(needle_table, run.model, held_out, trained, recipe.eval_questions)
-            whole["the final needle table"] = cost.timed(table, clock)
-    total = whole.total()
-    rows = [[part, f"{s:,.1f}", f"{s / total:.0%}"] for part, s in whole.most_common()]
-    rows.append(["all", f"{total:,.1f}", ""])
-    precision = "bfloat16 autocast" if run.bf16 else "float32"
-    size = f"{recipe.steps:,} steps of {recipe.batch_tokens:,} tokens, {run.name}, {precision}"
-    how = f"each part's median of {args.repeats} steps, times their number"
-    aside = "the forward pass makes the gradients of the loss on its way"
-    return f"{size}; {how}; {aside}.\n\n{markdown(['part', 'seconds', 'share'], rows)}"
+            seconds["the final needle table"] = cost.timed(table, clock)
+    return seconds
 
 
 def stage_parts(run: Run, stage: Stage, held_out: Needles, steps: int) -> Iterator[str]:
@@ -381,9 +364,20 @@ def stage_parts(run: Run, stage: Stage, held_out: Needles, steps: int) -> Iterat
         yield "evaluation: needles"
 
 
-def record(path: Path, where: str, title: str, body: str) -> None:
-    """Put a section into the file, in the place of an earlier one with its title."""
-    text = f"# Speed on {where}\n\nWritten by `python -m lab.speed --out {path.parent}`, a section "
+def measured(name: str, section: dict, args: Namespace) -> str:
+    """A section's text: its tables, each below a line that says what was measured."""
+    own = {"long-decode": long_decode, "kernels": kernels, "job": training_job}
+    parts = []
+    for text, rows in own.get(name, models)(section, args):
+        parts.append(f"{text}.\n\n{markdown(rows[0], map(dict.values, rows))}")
+    return section.get("intro", "") + "\n\n".join(parts)
+
+
+def record(folder: Path, where: str, title: str, body: str) -> None:
+    """Put a section into the machine's file, in the place of an earlier one with its title."""
+    slug = re.sub("[^a-z0-9]+", "-", where.lower()).strip("-")
+    path = folder / f"speed-{slug}.md"
+    text = f"# Speed on {where}\n\nWritten by `python -m lab.speed --out {folder}`, a section "
     text += "at a time; what the columns mean is said in lab/speed.py.\n"
     if path.exists():
         text = path.read_text(encoding="utf-8")
@@ -399,14 +393,14 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = CommandLine(prog="python -m lab.speed", description=__doc__)
     add = parser.add_argument
-    which = f"of {', '.join(SECTIONS)} (default: {' '.join(DEFAULT)}; on CUDA all but long and job)"
+    default = f"{' '.join(DATA['default']['cpu'])}; on CUDA all but long and job"
+    which = f"of {', '.join(SECTIONS)} (default: {default})"
     add("sections", nargs="*", metavar="SECTION", help=which)
     add("--device", help="default: cuda where there is one, else cpu")
     add("--threads", type=int, default=1)
     add("--repeats", type=int, default=7, help="turns; slow sections take fewer")
     add("--new-tokens", type=int, default=256)
-    mode = "ours and GPT-2 (default: on CUDA)"
-    add("--compile", action=BooleanOptionalAction, help=mode)
+    add("--compile", action=BooleanOptionalAction, help="ours and GPT-2 (default: on CUDA)")
     add("--out", type=Path, help="a folder, for its speed-MACHINE.md")
     args = parser.parse(argv)
     for name in args.sections:
@@ -415,29 +409,29 @@ def main(argv: list[str] | None = None) -> None:
     if args.out and not args.out.is_dir():
         raise FileNotFoundError(f"--out {args.out} is no folder: make it first")
     args.device, _ = choose_device(args.device)
-    cuda = args.device.type == "cuda"
-    args.compile = cuda if args.compile is None else args.compile
+    kind = "cuda" if args.device.type == "cuda" else "cpu"
+    args.compile = kind == "cuda" if args.compile is None else args.compile
     torch.set_num_threads(args.threads)
 
-    sections = args.sections or (ON_CUDA if cuda else DEFAULT)
+    names = args.sections or DATA["default"][kind]
     libraries = f"torch {torch.__version__}"
-    if WITH_COHERE2 & set(sections):
-        try:
-            libraries += f", transformers {importlib.metadata.version('transformers')}"
-        except importlib.metadata.PackageNotFoundError:
-            mend = "which is not installed: pip install -r requirements-dev.txt"
-            raise ValueError(f"lab.speed compares with transformers, {mend}") from None
+    if any("cohere2" in str(SECTIONS[name]) for name in names):
+        mend = "which is not installed: pip install -r requirements-dev.txt"
+        require(find_spec("transformers"), f"lab.speed compares with transformers, {mend}")
+        libraries += f", transformers {version('transformers')}"
     where = machine(args.device)
-    clock = "wall" if cuda or args.threads > 1 else "CPU"
-    for name in sections:
-        load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before it"
+    clock = "wall" if kind == "cuda" or args.threads > 1 else "CPU"
+    for name in names:
+        load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"  # on Windows
+        load = f"load {load} on {os.cpu_count()} cores before it"
         how = f"{libraries}, {args.threads} thread(s), {clock} time, {load}"
-        title, text = measured(name, args)
+        section = SECTIONS[name] | SECTIONS[name].get(kind, {})
+        title = section["title"] + ", compiled" * args.compile
+        text = measured(name, section, args)
         body = f"`python -m lab.speed {shlex.join(argv)}`: {how}.\n\n{text}"
         print(f"## {title}\n\n{body}\n", flush=True)
         if args.out:
-            slug = re.sub("[^a-z0-9]+", "-", where.lower()).strip("-")
-            record(args.out / f"speed-{slug}.md", where, title, body)
+            record(args.out, where, title, body)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ attention, the rule, and going on after a cut."""
 
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,55 +220,81 @@ def test_the_rule(differences, learned, word):
 
 
 def test_margins_and_summaries():
-    losses = ("A", [2.01, 2.0, 2.015]), ("B", [2.0, 2.0, 2.0])
-    assert (
-        verdict(reproduce.below("", *losses)) == "not decided"
-        and verdict(reproduce.below("", *losses, margin=0.02)) == "reproduced"
-    )
-    assert verdict(reproduce.above("", ("A", [0.9, 0.95]), ("B", [0.5, 0.5]))) == "reproduced"
+    word = lambda differences: verdict(Part("", {}, differences))
+    a, b = np.array([2.01, 2.0, 2.015]), np.array([2.0, 2.0, 2.0])  # losses
+    assert word(reproduce.less(a, b)) == "not decided"
+    assert word(reproduce.no_more(a, b)) == "reproduced"
+    found, fewer = np.array([0.9, 0.95]), np.array([0.5, 0.5])
+    assert word(reproduce.more(found, fewer)) == "reproduced"
+    assert word(reproduce.no_less(fewer, found)) == "reversed"
+    assert word(reproduce.no_less(found - 0.01, found)) == "reproduced"
     assert summary(["reproduced"] * 2) == "reproduced"
-    assert (
-        summary(["reproduced", "not decided: R had not learned"])
-        == "1 of 2 reproduced, 1 of 2 not decided"
+    mixed = ["reproduced", "not decided: R had not learned"]
+    assert summary(mixed) == "1 of 2 reproduced, 1 of 2 not decided"
+
+
+def test_what_a_claim_is_about_must_have_learned():
+    """A metric about retrieval names its variants by label; one that is not has none."""
+    lab = SimpleNamespace(
+        learned=lambda name, task: np.array([name != "N", True]), longest=8192, scale=None
     )
+    flat = lambda lab, label, task: np.array([0.9, 0.8]) if label == "R" else np.array([0.1, 0.1])
+    row = ("{lab.longest:,}: R > N", reproduce.more, flat, ("R", "N"), "multi-key")
+    part = reproduce.compare(lab, *row)
+    assert part.says == "8,192: R > N" and list(part.shown) == ["R", "N"] and not part.learned
+    assert verdict(part) == "reproduced"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(reproduce.ABOUT, flat, lambda name: name)
+        assert verdict(reproduce.compare(lab, *row)) == "not decided: N had not learned"
+
+
+def test_records_of_several_writers_and_of_a_cut(tmp_path, monkeypatch):
+    """Each writer has a lock of its own, as each process has: no record is lost, one line each,
+    sorted. A write that is cut off leaves the old file."""
+    monkeypatch.setattr(runs, "RECORDS", tmp_path / "results" / "runs.jsonl")
+    monkeypatch.setattr(runs, "WORK", tmp_path / "work")
+    made = []
+    make = lambda i: made.append(i) or {"value": i}
+    asked = [*range(12)] * 2  # and none is made twice
+    with ThreadPoolExecutor(6) as pool:
+        values = list(pool.map(lambda i: runs.kept(["it", i], lambda: make(i))["value"], asked))
+    assert values == asked and sorted(made) == list(range(12))
+    text = runs.RECORDS.read_text()
+    lines = text.splitlines()
+    assert len(lines) == 12 and lines == sorted(lines) and lines[0].startswith('{"key":"')
+
+    def cut(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.os, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        runs.kept(["it", 12], lambda: make(12))
+    assert runs.RECORDS.read_text() == text
 
 
 def made_up(plan, corpus, treatment, what, trained_at):
     """A record of numbers that depend on the run alone: N learns only in three times the steps,
     RoPE alone forgets with the length."""
-    flags, deep = dict(plan.flags), plan.init is not None
-    pattern = dict(plan.init.flags if deep else plan.flags)["pattern"]
-    learned = (
-        0.9
-        if pattern != "N"
-        or "3" in (flags.get("stretch"), dict(plan.init.flags if deep else ()).get("stretch"))
-        else 0.1
-    )
-    level = {"RN": 0.6, "N": 0.4}.get(pattern, 0.9) if deep else learned
+    flags = dict(plan.flags)
+    base = dict(plan.init.flags) if plan.init else flags
+    pattern = base["pattern"]
+    learned = 0.1 if pattern == "N" and base.get("stretch") != "3" else 0.9
+    level = {"RN": 0.6, "N": 0.4}.get(pattern, 0.9) if plan.init else learned
+    exact = lambda times: 0.0 if treatment else level / times ** (pattern == "R")
+    mass = {"needle": level / 10, "begin": 0.3, "qc": 0.2, "entropy_share": 0.45}
     return {
         "plan": str(plan),
         "treatment": treatment,
         "val_loss": {"R": 4.0, "N": 4.1}.get(pattern, 3.9) + 0.001 * int(flags.get("seed", 1)),
         "table": [{"length": trained_at, "exact": learned}],
         "needles": [
-            {
-                "task": task,
-                "length": trained_at * n,
-                "exact": 0.0 if treatment else level / n ** (pattern == "R"),
-            }
+            {"task": task, "length": trained_at * times, "exact": exact(times)}
             for task in runs.TASKS
-            for n in runs.TIMES
+            for times in runs.TIMES
         ],
         "masses": [
-            {
-                "length": trained_at * n,
-                "layers": layers,
-                "needle": level / 10,
-                "begin": 0.3,
-                "qc": 0.2,
-                "entropy_share": 0.45,
-            }
-            for n in runs.MASS_TIMES
+            {"length": trained_at * times, "layers": layers, **mass}
+            for times in runs.MASS_TIMES
             for layers in ("all", "RoPE", "NoPE")
         ],
     }

@@ -187,7 +187,7 @@ def test_a_loss_goes_by_chunks_by_itself(monkeypatch):
 
 
 def test_training_table():
-    text = speed.models(ARGS, section("train", tables=tables(2, 24)))
+    text = speed.measured("train", section("train", tables=tables(2, 24)), ARGS)
     assert text.startswith("2 x 24 tokens a step, forward and backward; medians of 1 turns")
     found = rows(text)
     assert list(found) == BOTH
@@ -212,7 +212,7 @@ def test_memory_table(monkeypatch):
     monkeypatch.setattr(
         speed.Job, "work", lambda job, device: built.append(job) or work(job, device)
     )
-    text = speed.models(ARGS, section("memory", tables=tables(2, 24)))
+    text = speed.measured("memory", section("memory", tables=tables(2, 24)), ARGS)
     assert text.startswith("A vocabulary of 16,384. 2 x 24 tokens")
     assert {job.shape["vocab_size"] for job in built} == {16384}
     switches = [(job.whole, job.recompute) for job in built]
@@ -253,18 +253,20 @@ CONTEXTS = {"models": [NARROW, WIDE, FULL], "tables": tables(2, 16) + tables(1, 
 )
 def test_sections_that_compare_models(name, changes, expected):
     data = section(name, **changes)
-    text = speed.models(ARGS, data)
+    text = speed.measured(name, data, ARGS)
     assert list(rows(text)) == expected
     assert text.count("GFLOP/s") == len(data["tables"])
 
 
 def test_decoding_after_a_long_context():
-    text = speed.long_decode(ARGS, section("long-decode", length=40, config={"window": 8}))
+    data = section("long-decode", length=40, config={"window": 8})
+    text = speed.measured("long-decode", data, ARGS)
     assert list(rows(text)) == ["rrrN", "R"]
 
 
 def test_kernels():
-    text = speed.kernels(ARGS, section("kernels", length=96, windows=(8, 33), heads=(4, 2, 16)))
+    data = section("kernels", length=96, windows=(8, 33), heads=(4, 2, 16))
+    text = speed.measured("kernels", data, ARGS)
     cells = [
         line.strip("| ").split(" | ") for line in text.splitlines() if line[:3] in ("| 8", "| 3")
     ]
@@ -323,9 +325,9 @@ def test_varlen_means_our_window(monkeypatch):
 
 
 def test_where_the_time_goes(corpus_folder):
-    argv = ["--data", str(corpus_folder), "--batch-tokens", "1024"]
-    argv += ["--eval-questions", "4", "--eval-tokens", "512"]
-    found = rows(speed.training_job(ARGS, section("job"), argv))
+    flags = ["--data", str(corpus_folder), "--batch-tokens", "1024"]
+    flags += ["--eval-questions", "4", "--eval-tokens", "512"]
+    found = rows(speed.measured("job", section("job", flags=flags), ARGS))
     step = {"forward", "backward", "Muon", "AdamW", "clipping", "data (made ahead, in a thread)"}
     evaluation = {"evaluation: loss", "evaluation: needles", "the final needle table"}
     assert set(found) == step | evaluation | {"all"}
@@ -346,7 +348,7 @@ def test_peers_that_disagree_are_not_timed(monkeypatch, capsys):
     for name in ("train", "forward"):
         monkeypatch.setitem(speed.SECTIONS, name, section(name, tables=tables(2, 24)))
         with pytest.raises(ValueError, match="do not say the same.*mean nothing"):
-            speed.models(ARGS, section(name))
+            speed.measured(name, section(name), ARGS)
     with pytest.raises(SystemExit) as stop:
         speed.main(["train", "--device", "cpu"])
     error = capsys.readouterr().err.splitlines()
@@ -359,7 +361,7 @@ def test_tokens_that_differ_are_not_timed(monkeypatch):
     other = lambda *args, **more: ((token + 1) % 96 for token in real(*args, **more))
     monkeypatch.setattr(speed.engine, "stream", other)
     with pytest.raises(ValueError):
-        speed.models(ARGS, section("decode", tables=tables(1, 12)))
+        speed.measured("decode", section("decode", tables=tables(1, 12)), ARGS)
 
 
 def test_nan_agrees_with_nothing():
@@ -370,9 +372,7 @@ def test_nan_agrees_with_nothing():
 def test_the_file_keeps_its_other_sections(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(speed, "machine", lambda device: "AMD EPYC (TM) 9")
     for text, names in (("first", ["kernels", "job"]), ("second", ["kernels"])):
-        monkeypatch.setattr(
-            speed, "measured", lambda name, args: (f"The {name}", f"{name}\n{text}")
-        )
+        monkeypatch.setattr(speed, "measured", lambda name, section, args: f"{name}\n{text}")
         speed.main([*names, "--device", "cpu", "--out", str(tmp_path)])
     written = (tmp_path / "speed-amd-epyc-tm-9.md").read_text()
     assert written.startswith("# Speed on AMD EPYC (TM) 9\n") and written.count("\n## ") == 2
