@@ -559,7 +559,7 @@ def verify_checksums(folder: Path) -> None:
         found, recorded = _checksums(folder), read_json(folder / CHECKSUMS)
         if not {"config.json", "model.safetensors"} <= recorded.keys():
             raise ValueError(f"{folder / CHECKSUMS} is damaged: it does not name the weights")
-        for name, digest in read_json(folder / CHECKSUMS).items():
+        for name, digest in recorded.items():
             file = folder / escaped(name)
             if name not in found:
                 raise FileNotFoundError(f"{file} not found: copy it from where it came")

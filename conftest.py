@@ -37,3 +37,19 @@ def corpus_folder(tmp_path_factory):
     documents = [(name, (source / f"{name}.py").read_text(encoding="utf-8")) for name in names]
     prepare(documents, folder, vocab_size=1024, source="test")
     return folder
+
+
+@pytest.fixture
+def error(capfd):
+    """error(main, argv) -> the one line that a command says before it exits with status 2."""
+
+    def failing(main, *argv):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in argv])
+        lines = capfd.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return failing

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     ids = [tokenizer.bos_token, *tokenizer.encode_ordinary(text)]
     prompt = torch.tensor([ids], device=device).expand(args.samples, -1)
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    check_settings(model.config, prompt, args.max_new_tokens, **settings)
+    check_settings(model.config, prompt[:1], args.max_new_tokens, **settings)
     settings["generator"] = torch.Generator(device).manual_seed(args.seed)
     try:
         sample(model, tokenizer, prompt, text, args.max_new_tokens, settings)

@@ -250,22 +250,6 @@ def write_split(file: Path, tokenizer: Tokenizer, texts: list[str]) -> dict:
     return {"documents": len(texts), "bytes": size, "tokens": tokens, "sha256": digest.hexdigest()}
 
 
-def sync(path: Path) -> None:
-    """Make sure that a file or folder is on the disk. Windows opens no folder, and syncs a file
-    only through a handle that may write."""
-    folder = path.is_dir()
-    try:
-        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-    except PermissionError:
-        if folder:
-            return
-        raise
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_out(out: Path) -> None:
     """Raises OSError unless out can be made: not there yet or an empty folder, somewhere
     writable."""
@@ -339,6 +323,8 @@ def prepare(
             write_json(folder / "meta.json", meta)
             first = not (out / "meta.json").exists()  # no other process was faster
             if first:
+                from checkpoint import sync  # and torch: an import that --help need not wait for
+
                 for path in [*folder.iterdir(), folder]:
                     sync(path)
                 if out.is_dir():  # and empty; Windows replaces no folder

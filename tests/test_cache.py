@@ -1,6 +1,7 @@
 """The KV cache against no cache: the same logits for every pattern and every way to cut the text;
 and what is built on it."""
 
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -495,3 +496,16 @@ def test_the_compiled_step_knows_the_end(monkeypatch):
     monkeypatch.setattr(engine, "compiled_logits", lambda graphs: not_compiled)
     with pytest.raises(ValueError, match="larger max_length"):
         list(stream(model, text(1, 3), 8, cache=model.new_cache(1, 4), compiled=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="this system does not tell its memory")
+def test_a_cache_larger_than_the_memory_is_refused_before_it_is_made(monkeypatch):
+    full = 2 * 2 * 2 * 4 * 32 * 8  # k and v, 2 rows, 2 heads of width 4, 32 tokens, float64
+    for memory, fits in ((full, True), (full - 1, False)):
+        pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}
+        monkeypatch.setattr(os, "sysconf", pages.get)
+        if fits:
+            assert tiny("N").new_cache(2, 32).nbytes >= full
+        else:
+            with pytest.raises(ValueError, match=f"takes {full:,} bytes: .*--samples"):
+                tiny("N").new_cache(2, 32)

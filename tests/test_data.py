@@ -757,7 +757,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("data.prepare.sync", full)
+    monkeypatch.setattr("checkpoint.sync", full)
     with pytest.raises(OSError, match="No space left on device.*--out"):
         prepare(DOCUMENTS, tmp_path / "out", 300)
     assert os.listdir(tmp_path) == []
@@ -769,7 +769,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
         "data.prepare.train_tokenizer",
         "data.prepare.write_split",
         "data.prepare.write_json",
-        "data.prepare.sync",
+        "checkpoint.sync",
         "os.replace",
     ],
 )

@@ -23,22 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = "def attend(q, k, v):\n    return softmax(q @ k.T / 8) @ v  # naïve — and slow\n"
 
 
-@pytest.fixture
-def error(capfd):
-    """error(main, argv) -> the one line that a command says before it exits with status 2."""
-
-    def failing(main, *argv):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in argv])
-        lines = capfd.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2
-        assert len(lines) == 1 and lines[0].startswith("error: "), lines
-        return lines[0]
-
-    return failing
-
-
 # What is no text
 
 
@@ -229,7 +213,7 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch):
 # Needles in any text
 
 
-@pytest.mark.parametrize("task", ["single", "multi-key", "variable-tracking"])
+@pytest.mark.parametrize("task", ["single", "multi-key"])
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_needles_stand_where_they_are_asked_to_in_text_without_lines(corpus_folder, task, depth):
     """Letters and spaces only: no line ends anywhere, and each needle lands within a tenth."""
@@ -242,12 +226,8 @@ def test_needles_stand_where_they_are_asked_to_in_text_without_lines(corpus_fold
         hidden, length = example.segment == NEEDLE, len(example.tokens)
         assert length == 512 and example.tokens[0] == tokenizer.eot_token
         question = example.tokens[example.segment == QC]
-        line = question[:-7] if task == "variable-tracking" else question
-        if task == "variable-tracking":  # the chain begins at the depth asked
-            places.append(np.flatnonzero(hidden)[0] / length if depth == 0 else depth)
-            continue
         for start in np.flatnonzero(hidden):
-            if np.array_equal(example.tokens[start : start + len(line)], line):
+            if np.array_equal(example.tokens[start : start + len(question)], question):
                 before = (~hidden[:start]).sum()
                 places.append(before / (~hidden & (example.segment != QC)).sum())
                 break

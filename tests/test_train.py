@@ -91,22 +91,6 @@ def run(tiny, corpus_folder, tmp_path, monkeypatch):
     return go
 
 
-@pytest.fixture
-def error(capfd):
-    """error(main, argv) -> the one line that a command says before it exits with status 2."""
-
-    def failing(main, *argv):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in argv])
-        lines = capfd.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2
-        assert len(lines) == 1 and lines[0].startswith("error: "), lines
-        return lines[0]
-
-    return failing
-
-
 def weights(folder):
     return (folder / "last" / "model.safetensors").read_bytes()
 
@@ -1032,6 +1016,16 @@ def test_a_prompt_is_the_same_bytes_wherever_it_comes_from(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "stdin", None)  # closed by the shell
     with pytest.raises(ValueError, match="no prompt"):
         sample.read_prompt(sample.command_line().parse([]))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_sampling_into_a_full_disk_ends_in_silence(run, monkeypatch, capfd):
+    run("--out", "out/x", "--max-steps", "1")
+    capfd.readouterr()
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        sample.main(["--prompt", "def ", "--max-new-tokens", "5"])
+    assert capfd.readouterr().err == ""
 
 
 def test_samples_never_cut_a_character(run, capsys, monkeypatch, tmp_path):
