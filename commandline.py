@@ -178,8 +178,9 @@ def git_commit(folder: Path) -> str | None:
 
 
 def choose_device(name: str | None):
-    """The torch.device of --device, and whether it is a GPU that multiplies bfloat16 natively; of
-    several processes each takes a GPU of its own. ValueError where there is no such device."""
+    """The torch.device of --device, and whether it multiplies bfloat16 natively, as GPUs do and
+    CPUs with AVX512-BF16 or AMX; of several processes each takes a GPU of its own. ValueError where
+    there is no such device."""
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -202,5 +203,7 @@ def choose_device(name: str | None):
             )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    cuda = device.type == "cuda"
-    return device, cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":
+        return device, torch.cuda.is_bf16_supported(including_emulation=False)
+    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device, device.type == "cpu" and units

@@ -73,7 +73,7 @@ class Recipe:
     eval_tokens: int = 32768  # of validation text
     eval_questions: int = 200  # of the final needle table, at each length; 0: no table
     mimetic: str = "nope"  # layers whose queries begin half like their keys: none, nope, all
-    bf16: bool | None = None  # bfloat16 products; None: on CUDA where it has them natively
+    bf16: bool | None = None  # bfloat16 products; None: where the device has units for them
     recompute: bool = False  # keep only the blocks' inputs for backward: a third more time
 
     def __post_init__(self):

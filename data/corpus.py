@@ -12,7 +12,7 @@ import numpy as np
 from data.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_CORPUS = Path("corpora/stdlib")
-FORMAT = 1
+FORMAT = 2  # rises when another rule chooses or cuts the text
 KEYS = {  # of meta.json
     "format": int,
     "source": str,
@@ -108,5 +108,5 @@ def read_meta(path: Path, mend: str, require: Callable) -> dict:
     check(meta, KEYS)
     check(meta["train"], SPLIT_KEYS)
     check(meta["val"], SPLIT_KEYS)
-    require(path.name, "format", meta["format"], FORMAT)
+    require(path.name, "the format of its rule", meta["format"], FORMAT)
     return meta

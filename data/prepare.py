@@ -6,7 +6,8 @@ python -m data.prepare --url URL --sha256 HEX    a text file from the network
 python -m data.prepare --packages numpy torch --out corpora/numeric --vocab-size 4096
 
 Sources combine. A tenth of the bytes, chosen by a hash of each document's name, is validation; BPE
-is trained on the rest.
+is trained on the rest. Of the standard library and of packages code is taken: no tests, no
+`encodings` and `pydoc_data` (tables), and no file most of whose lines are literals alone.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import sysconfig
 import urllib.request
@@ -41,6 +43,12 @@ from data.tokenizer import (
 # (name, text); a name is relative to its root, so that splits do not depend on the machine
 Documents = list[tuple[str, str]]
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
+LEFT_OUT |= {"encodings", "pydoc_data"}  # tables of characters, one text of help topics
+RULE = "code: no tests, no encodings, no pydoc_data, no file most of whose lines are literals alone"
+# A line of nothing but numbers, strings and the marks around them: a row of a table.
+MARKS = r"[ \t\[\](){},:+-]*+"
+LITERAL = r"""(?:\d[\w.]*|[bru]*'(?:[^'\\\n]|\\.)*'|[bru]*"(?:[^"\\\n]|\\.)*")"""
+LITERALS = re.compile(rf"^{MARKS}(?:{LITERAL}{MARKS})++(?:\#.*)?$", re.MULTILINE | re.IGNORECASE)
 LARGEST = 2**32  # bytes of one text
 BATCH = 2**23  # characters that are encoded at once
 # progress bars: only on a terminal, and only for what takes long
@@ -98,10 +106,17 @@ def read_all(files: Iterable[tuple[str, Path]], where: Path | str) -> Documents:
 
 
 def python_sources(root: Path) -> Documents:
-    """Python files below root, without tests and without `_sysconfigdata`, which the build writes
-    and fills with its paths."""
+    """The code (RULE) in the Python files below root, without `_sysconfigdata`, which the build
+    writes and fills with its paths."""
     keep = lambda name: name not in LEFT_OUT and not name.startswith("_sysconfigdata")
-    return read_all([file for file in walk(root, keep) if file[0].endswith(".py")], root)
+    files = [file for file in walk(root, keep) if file[0].endswith(".py")]
+    return [(name, text) for name, text in read_all(files, root) if not is_table(text)]
+
+
+def is_table(text: str) -> bool:
+    """Are most of a file's lines literals alone?"""
+    lines = sum(bool(line.strip()) for line in text.splitlines())
+    return 2 * len(LITERALS.findall(text)) > lines
 
 
 def from_text(path: Path) -> Documents:
@@ -359,7 +374,7 @@ def prepare_stdlib(
 ) -> dict:
     """The default corpus: the standard library of the Python that runs this."""
     documents = python_sources(Path(sysconfig.get_path("stdlib")))
-    source = f"the standard library of Python {platform.python_version()}"
+    source = f"the standard library of Python {platform.python_version()} ({RULE})"
     return prepare(documents, out, vocab_size, tokenizer, source)
 
 
@@ -383,7 +398,7 @@ def command_line() -> CommandLine:
     add("--text", **several, type=Path, metavar="PATH", help="files and folders of UTF-8 text")
     add("--url", help="a text file to download")
     add("--sha256", metavar="HEX", help="what --url must hash to")
-    add("--packages", **several, metavar="NAME", help="installed packages' Python sources")
+    add("--packages", **several, metavar="NAME", help="installed packages' code")
     add("--encoding", choices=["gpt2"], help="tiktoken's, in place of a vocabulary trained here")
     add("--vocab-size", type=int, metavar="N", help="ids, end of text included (default 2048)")
     add("--out", type=Path, metavar="DIR", help=place)
@@ -424,7 +439,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = gpt2_tokenizer() if args.encoding else None
     documents += [] if args.url is None else from_url(args.url, args.sha256)
     if sources:
-        prepare(documents, out, vocab_size, tokenizer, ", ".join(sources))
+        source = ", ".join(sources) + f" ({RULE})" * bool(args.packages)
+        prepare(documents, out, vocab_size, tokenizer, source)
     else:
         prepare_stdlib(out, vocab_size, tokenizer)
 

@@ -17,10 +17,13 @@ from pathlib import Path
 import tiktoken
 
 EOT = "<|endoftext|>"  # joins documents and begins every sequence; always the last id
-# Cuts text into the words inside which BPE merges: letters with one leading mark, single digits (so
-# that a number is as many tokens as it has digits), punctuation, line ends, spaces. No possessive
-# quantifiers: fancy-regex (rustbpe, tiktoken) and Oniguruma (Hugging Face) read it alike.
-PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Cuts text into the words inside which BPE merges: contractions, letters with one leading mark,
+# single digits (so that a number is as many tokens as it has digits), punctuation, line ends,
+# spaces. To the letter Qwen2's, which llama.cpp and Hugging Face know by name.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # GPT-2's own. tiktoken writes it with possessive quantifiers and `$`, which Oniguruma reads as the
 # end of a line; this cuts alike.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

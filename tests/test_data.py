@@ -32,6 +32,7 @@ from data.prepare import (
     from_url,
     main,
     prepare,
+    python_sources,
     read_text,
     split_documents,
 )
@@ -150,11 +151,18 @@ def test_random_text_encodes_alike_in_transformers(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     theirs = HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
     rng = np.random.default_rng(0)
-    alphabet = list("aab_-=  \n\n\r\t09'éΩ中🙂\u2003\x0b\u0301")
+    alphabet = list("aabsTlL''_-=  \n\n\r\t09'éΩ中🙂\u2003\x0b\u0301")
     for _ in range(1000):  # runs of one character, where several splits of a token compete
         text = "".join(rng.choice(alphabet) * int(rng.integers(1, 20)) for _ in range(12))
         ids = tokenizer.encode_ordinary(text)
         assert theirs.encode(text, add_special_tokens=False).ids == ids, repr(text)
+
+
+def test_the_pattern_is_qwen2s():
+    """To the letter: other programs know it by name (llama.cpp: "qwen2") and bring their own."""
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    assert PATTERN == PRETOKENIZE_REGEX
 
 
 def test_every_digit_is_one_token_and_end_of_text_is_last(tokenizer):
@@ -169,7 +177,7 @@ def test_every_digit_is_one_token_and_end_of_text_is_last(tokenizer):
 @pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN], ids=["ours", "gpt2"])
 def test_pieces_encode_like_the_whole(tokenizer, pattern):
     ours = Tokenizer(tokenizer.ranks, pattern)
-    text = "\n\n".join(text for _, text in DOCUMENTS[:4]) + "a1_\n_b  c \n d\n\ne " * 300
+    text = "\n\n".join(text for _, text in DOCUMENTS[:4]) + "a1_\n_b  c \n d\n\ne's 'S f'LL " * 300
     parts = list(pieces(text, 50))
     assert len(parts) > 1000 and "".join(parts) == text
     assert [token for ids in ours.encode_batch(parts) for token in ids] == ours.encode_ordinary(
@@ -545,7 +553,7 @@ def flip_a_byte(folder):
         (edit(lambda meta: meta.pop("n_vocab")), ["meta.json", "n_vocab", "int"]),
         (edit(lambda meta: meta["train"].pop("sha256")), ["meta.json", "sha256", "str"]),
         (edit(lambda meta: meta.update(val=3)), ["meta.json", "val", "int", "dict"]),
-        (edit(lambda meta: meta.update(format=0)), ["meta.json", "format", "0", "1"]),
+        (edit(lambda meta: meta.update(format=1)), ["the format of its rule is 1, not 2"]),
         (
             edit(lambda meta: meta.update(dtype="uint32")),
             ["meta.json", "dtype", "uint32", "uint16"],
@@ -669,6 +677,40 @@ def test_a_package_says_which_of_its_files_are_no_text(tmp_path, monkeypatch, ca
     assert [name for name, _ in from_package("mixed")] == ["mixed/__init__.py"]
     said = capsys.readouterr().out
     assert "left out 1 of 2 files" in said and "old.py is not UTF-8" in said
+
+
+TABLE = "X = [\n" + "    (0x1F, 'a', -1.5e3),\n    [b'\\'', \"#\"],  # why\n" * 3 + "]\n"
+
+
+@pytest.mark.parametrize(
+    "text, table",
+    [
+        (TABLE, True),
+        ("CODES = {\n    'a': 'b',\n    'c': None,\n    'd': 'e',\n}\nx = 1\n", False),  # 2 of 6
+        ("x = 1\n\n\n'a'\n'b'\n", True),  # empty lines do not count
+        ("def f(x):\n    return x + 1\n" * 3 + TABLE, False),  # half is not most
+        ("# 1, 2, 3\n" * 9, False),
+        ('"""' + "A page of words, such as these.\n" * 9 + '"""\n', False),
+        ("", False),
+        ("('" * 20_000 + "\n" + "'\\" * 20_000, False),  # in linear time
+    ],
+)
+def test_a_file_of_tables_is_no_code(tmp_path, text, table):
+    (tmp_path / "some.py").write_text(text)
+    assert [name for name, _ in python_sources(tmp_path)] == ["some.py"] * (not table)
+
+
+def test_the_standard_librarys_tables_are_left_out(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(prepare_module, "prepare", lambda *args: made.append(args))
+    prepare_module.prepare_stdlib(tmp_path / "corpus")
+    [(documents, _, _, _, source)] = made
+    names = {name for name, _ in documents}
+    assert {"argparse.py", "json/decoder.py", "html/parser.py"} < names
+    assert not {"html/entities.py", "encodings/cp037.py", "pydoc_data/topics.py"} & names
+    assert not [name for name in names if name.split("/")[0] in ("encodings", "pydoc_data", "test")]
+    assert "encodings" in source and "literals" in source  # meta.json says so, and --help
+    assert "literals" in prepare_module.command_line().description
 
 
 @pytest.mark.parametrize(
