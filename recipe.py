@@ -20,13 +20,12 @@ from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
-from attention import BACKENDS, one_of
+from attention import BACKENDS
 from checkpoint import plain_type, shown, typed, typed_fields
 from commandline import CommandLine
 from data.corpus import DEFAULT_CORPUS
 from model import ModelConfig, require
 
-MIMETIC = ("none", "nope", "all")  # layers whose queries begin half like their keys
 OVERRIDES = ("pattern", "window", "rope_theta", "rope_scaling", "rope_factor")
 OVERRIDES += ("rope_original_length", "length_scale", "length_base")
 HELD = ("needle_share", "answer_weight", "lr", "warmup")  # of Recipe, which a phase may set anew
@@ -72,7 +71,6 @@ class Recipe:
     eval_every: int = 50  # steps
     eval_tokens: int = 32768  # of validation text
     eval_questions: int = 200  # of the final needle table, at each length; 0: no table
-    mimetic: str = "nope"  # layers whose queries begin half like their keys: none, nope, all
     bf16: bool | None = None  # bfloat16 products; None: where the device has units for them
     recompute: bool = False  # keep only the blocks' inputs for backward: a third more time
 
@@ -81,7 +79,6 @@ class Recipe:
             self.phase, "the recipe has no [[phase]]: give at least one, with steps and lengths"
         )
         check_numbers(self, "")
-        one_of("mimetic", self.mimetic, MIMETIC)
         for number, phase in enumerate(self.phase, 1):
             check_phase(self, phase, f"phase {number}: ")
         self.stages()

@@ -96,7 +96,9 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
     recipe = replace(recipe, model=replace(recipe.model, vocab_size=corpus.tokenizer.n_vocab))
     needles = check_fit(corpus, recipe.stages(), recipe.batch_tokens, recipe.seed, RANKS)
 
-    model = model or new_model(recipe, device)
+    if model is None:
+        torch.manual_seed(recipe.seed)
+        model = Transformer(recipe.model).to(device)
     model.config, model.backend = recipe.model, options.get("backend", "auto")
     model.recompute = recipe.recompute
     run = Run(recipe, name, out, corpus, needles, model.train(), device)
@@ -105,20 +107,6 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
     run.micro_batch = options.get("micro_batch", recipe.batch_tokens)
     run.max_steps = min(options.get("max_steps", recipe.steps), recipe.steps)
     return run, resuming
-
-
-def new_model(recipe: recipes.Recipe, device: torch.device) -> Transformer:
-    """A model as the recipe begins it. NoPE layers' queries begin half as their keys, so that like
-    attends to like (mimetic initialisation, 2305.09828): they find things by what they are."""
-    torch.manual_seed(recipe.seed)
-    model, c = Transformer(recipe.model), recipe.model
-    for block, spec in zip(model.layers, model.plan):
-        if recipe.mimetic == "all" or recipe.mimetic == "nope" and not spec.rope:
-            q, k = block.self_attn.q_proj.weight, block.self_attn.k_proj.weight
-            keys = k.unflatten(0, (c.n_kv_head, -1)).repeat_interleave(c.n_head // c.n_kv_head, 0)
-            with torch.no_grad():
-                q.mul_(0.75**0.5).add_(keys.flatten(0, 1), alpha=0.5)
-    return model.to(device)
 
 
 def is_run(out: Path) -> bool:

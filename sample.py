@@ -20,8 +20,7 @@ from model import Transformer, check_settings, require
 
 
 def command_line() -> CommandLine:
-    parser = CommandLine(prog="sample.py", description=__doc__)
-    add = parser.add_argument
+    add = (parser := CommandLine(prog="sample.py", description=__doc__)).add_argument
     add("--checkpoint", type=Path, metavar="DIR", help="default: the newest under out/")
     add("--prompt", help="text to continue (default: --file, or standard input)")
     add("--file", type=Path, help="a file with the prompt")
@@ -38,17 +37,16 @@ def command_line() -> CommandLine:
 
 def newest_checkpoint(root: Path = Path("out")) -> Path:
     """The `last` under `root` written to most recently. FileNotFoundError where there is none."""
-    made = [last for last in root.glob("*/last") if (last / "config.json").is_file()]
+    made = [file for file in root.glob("*/last/config.json") if file.is_file()]
     if not made:
         mend = "`python train.py` makes one, or name one with --checkpoint"
         raise FileNotFoundError(f"no checkpoint under {root}/: {mend}")
-    return max(made, key=lambda last: (last / "config.json").stat().st_mtime)
+    return max(made, key=lambda file: file.stat().st_mtime).parent
 
 
 def read_prompt(args: Namespace) -> str:
     """The prompt's text. ValueError where there is none, or it is not UTF-8."""
-    if args.prompt is not None and args.file is not None:
-        raise ValueError("--prompt and --file both give a prompt: choose one")
+    require(None in (args.prompt, args.file), "--prompt and --file both give a prompt: choose one")
     if args.prompt is not None:
         where, raw = "--prompt", args.prompt.encode(errors="surrogateescape")
     elif args.file is not None:
@@ -61,8 +59,7 @@ def read_prompt(args: Namespace) -> str:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt in {where} is not UTF-8 (bad at byte {error.start})") from None
-    if not text:
-        raise ValueError("the prompt is empty: give at least one character")
+    require(text != "", "the prompt is empty: give at least one character")
     return text
 
 
@@ -76,9 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     path = args.checkpoint or newest_checkpoint()
     tokenizer = load_tokenizer(path)
     model = Transformer.from_pretrained(path, device, getattr(torch, args.dtype))
-    sizes = f"{tokenizer.n_vocab} tokens and its model {model.config.vocab_size}"
-    require(tokenizer.n_vocab <= model.config.vocab_size, f"{path}: its tokenizer has {sizes}")
-    ids = [tokenizer.bos_token, *tokenizer.encode_ordinary(text)]
+    has, knows = tokenizer.n_vocab, model.config.vocab_size
+    require(has <= knows, f"{path}: its tokenizer has {has} tokens and its model {knows}")
+    # A space at the end is the beginning of the next token: the model writes that whole.
+    ids = [tokenizer.bos_token, *tokenizer.encode_ordinary(text.removesuffix(" ") or text)]
     prompt = torch.tensor([ids], device=device).expand(args.samples, -1)
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     check_settings(model.config, prompt[:1], args.max_new_tokens, **settings)
@@ -90,28 +88,30 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def sample(model, tokenizer, prompt: torch.Tensor, text: str, count: int, settings: dict) -> None:
-    """Continue prompt (b t) in all rows at once; print the first as it comes, the others after."""
+    """Continue prompt (b t) in all rows at once; print the first as it comes, the others after. A
+    space at the end of `text` stands for the one that the first new token begins with."""
     cache, eot = model.new_cache(len(prompt), prompt.shape[1] + count), tokenizer.eot_token
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half a character
     print(text, end="", flush=True)
-    started, times, rows = time.perf_counter(), [], []
+    started, times, rows, space = time.perf_counter(), [], [], " " * text.endswith(" ")
     for token in stream(model, prompt, count, stop=eot, cache=cache, **settings):
         times.append(time.perf_counter())
         rows.append(token.tolist())
         if rows[-1][0] != eot:
-            print(decoder.decode(tokenizer.decode_bytes(rows[-1][:1])), end="", flush=True)
+            piece = decoder.decode(tokenizer.decode_bytes(rows[-1][:1]))
+            print(piece if rows[1:] else piece.removeprefix(space), end="", flush=True)
     print(decoder.decode(b"", final=True))
     for row in list(zip(*rows))[1:]:
         ids = row[: row.index(eot)] if eot in row else row
-        print("---\n" + text + tokenizer.decode_bytes(ids).decode("utf-8", "replace"))
+        more = tokenizer.decode_bytes(ids).decode(errors="replace").removeprefix(space)
+        print(f"---\n{text}{more}")
     prefill = prompt.numel() / (times[0] - started) if times else 0
     decode = len(prompt) * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0
-    samples = f" in {len(prompt)} samples" if len(prompt) > 1 else ""
-    share = f"{cache.nbytes / cache.full_nbytes:.2f} of full attention's {cache.full_nbytes:,}"
+    share = cache.nbytes / cache.full_nbytes
     print(
-        f"[{prompt.shape[1]:,} prompt + {len(times):,} new tokens{samples}; "
-        f"prefill {prefill:,.0f} tokens/s, decode {decode:,.0f} tokens/s; "
-        f"cache {cache.nbytes:,} bytes, {share}]",
+        f"[{prompt.shape[1]:,} prompt + {len(times):,} new tokens in {len(prompt)} samples; "
+        f"prefill {prefill:,.0f}, decode {decode:,.0f} tokens/s; "
+        f"cache {cache.nbytes:,} bytes, {share:.2f} of full attention's]",
         flush=True,
     )
 

@@ -202,9 +202,9 @@ def finish(run: Run, held_out: Needles | None, log: Log) -> None:
     log.write(step=run.step, final=True, val_loss=nats, val_bits_per_byte=bits, table=table)
 
     tokenizer = corpus.tokenizer
-    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary("def ")]
+    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary("def main():\n")]
     prompt = torch.tensor([prompt], device=run.device)
-    ids = model.generate(prompt, 48, stop=tokenizer.eot_token)[0, 1:].tolist()
+    ids = model.generate(prompt, 64, stop=tokenizer.eot_token)[0, 1:].tolist()
     text = tokenizer.decode_bytes(ids).decode(errors="replace")
     print(f"\na greedy sample:\n{text}\n")
     if run.step:

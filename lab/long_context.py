@@ -67,7 +67,6 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
         yield "rrrN, Llama 4's scale at evaluation", plan, {"length_scale": "llama4"}
         ssmax = Plan("ssmax-laptop", plan.with_flags(pattern="").flags)
         yield "rrrN, trained with scalable softmax", ssmax, {}
-        yield "rrrN, without the mimetic start", plan.with_flags(mimetic="none"), {}
     if name == "R":
         for scaling in ("pi", "ntk", "yarn"):
             treatment = {"rope_scaling": scaling, "rope_factor": 4.0}
@@ -97,9 +96,7 @@ def page(made: list[Row], rates: list[float], picture: str) -> str:
         f"Rows marked * come from a base run that found fewer than {LEARNED} in its own table at "
         f"{TRAINED} (four asked among eight), three times the steps included: it had not learned "
         "that, and they say nothing about length, but for a task whose own column at "
-        f"{TRAINED} is high all the same.\n"
-        "NoPE layers begin with queries half like their keys (run.py); RoPE layers, and so models "
-        "converted from them, do not: one row tells what that does.",
+        f"{TRAINED} is high all the same.",
         f"![exact match against context length, before and after extension]({picture})",
     ]
     for task in TASKS:

@@ -68,7 +68,6 @@ REFUSED = {
     "eval_every 0": ("eval_every = 0\n" + MODEL + PHASE, ["eval_every 0"]),
     "eval_tokens 2**60": (f"eval_tokens = {2**60}\n" + MODEL + PHASE, [f"eval_tokens {2**60}"]),
     "bf16, a string": ("bf16 = 'true'\n" + MODEL + PHASE, ["bf16 'true'", "bool"]),
-    "mimetic 'some'": ("mimetic = 'some'\n" + MODEL + PHASE, ["mimetic 'some'"]),
     "tie_embeddings, a string": (MODEL + "tie_embeddings = 'false'\n" + PHASE, ["tie_embeddings"]),
     "logit_scale nan": (MODEL + "logit_scale = nan\n" + PHASE, ["logit_scale nan", "[model]"]),
     "n_layer 2000000": (MODEL + "n_layer = 2_000_000\n" + PHASE, ["n_layer 2000000"]),
@@ -134,7 +133,7 @@ def test_a_value_that_makes_no_recipe_is_refused(tmp_path, content, words):
         ("--stretch", "0"),
         ("--max-steps", ENORMOUS),
         ("--micro-batch", "many"),
-        ("--mimetic", "\x1b[31mred"),
+        ("--rope-scaling", "\x1b[31mred"),
     ],
 )
 def test_a_flag_that_makes_no_recipe_is_refused(tmp_path, flag, value):

@@ -1060,6 +1060,29 @@ def test_several_samples(run, capsys, tmp_path):
     assert again.splitlines()[:-1] == first.splitlines()[:-1]  # reproducible by its seed
 
 
+def test_a_space_at_the_end_of_a_prompt_belongs_to_the_next_token(run, capsys, monkeypatch):
+    """Of "def main" no tokenizer makes "def", " ", "main": a model that reads "def" and " " has
+    met that space before digits alone."""
+    run("--out", "out/x", "--max-steps", "1")
+    seen, words = [], [b" main", b" x", b"("]
+    tokenizer = load_tokenizer("out/x/last")
+
+    def speaking(model, tokens, count, **settings):
+        seen.append(tokens[0, 1:].tolist())
+        yield from (torch.tensor([tokenizer.ranks[word]]) for word in words)
+
+    words = [word for word in words if word in tokenizer.ranks]
+    said = b"".join(words).decode()
+    monkeypatch.setattr(sample, "stream", speaking)
+    for prompt in ("def ", "def", "def  "):
+        capsys.readouterr()
+        sample.main(["--prompt", prompt])
+        assert seen[-1] == tokenizer.encode_ordinary(prompt.removesuffix(" "))
+        assert capsys.readouterr().out.startswith(prompt.removesuffix(" ") + said)
+    sample.main(["--prompt", " "])
+    assert seen[-1] == tokenizer.encode_ordinary(" ")
+
+
 def test_an_interrupt_ends_a_sample_with_a_line(run, tmp_path):
     run("--out", "out/x", "--max-steps", "1")
     model = Transformer.from_pretrained(tmp_path / "out/x/last")
