@@ -354,33 +354,62 @@ def test_sliding_window_pattern_that_does_not_tile(tmp_path):
     assert checkpoint.load_config(tmp_path)["pattern"] == "rrrNrr"
 
 
-def test_command_r7b_full_shape_on_meta(tmp_path):
+COMMAND_R7B = dict(
+    num_hidden_layers=32,
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=256000,
+    sliding_window=4096,
+    eos_token_id=255001,
+    torch_dtype="bfloat16",
+)
+TINY_AYA = dict(
+    num_hidden_layers=36,
+    hidden_size=2048,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=128,
+    intermediate_size=11008,
+    vocab_size=262144,
+    sliding_window=4096,
+    layer_norm_eps=1e-5,
+    rope_theta=50_000.0,
+    logit_scale=1.0,
+    max_position_embeddings=500_000,
+    bos_token_id=2,
+    eos_token_id=3,
+    pad_token_id=0,
+)
+
+
+@pytest.mark.parametrize(
+    "raw, sizes, logit_scale, count",
+    [
+        (COMMAND_R7B, (32, 32, 8, 4096, 14336, 256000), 0.25, 8_028_033_024),
+        (TINY_AYA, (36, 16, 4, 2048, 11008, 262144), 1.0, 3_349_227_520),
+    ],
+    ids=["Command R7B", "Tiny Aya"],
+)
+def test_real_models_are_read_planned_and_shaped_on_meta(tmp_path, raw, sizes, logit_scale, count):
     """Every tensor of the real model by name and shape, against transformers' own; no weight is
     made on either side."""
-    full = dict(
-        num_hidden_layers=32,
-        hidden_size=4096,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=14336,
-        vocab_size=256000,
-        sliding_window=4096,
-        eos_token_id=255001,
-        torch_dtype="bfloat16",
-    )
-    (tmp_path / "config.json").write_text(json.dumps(older_config(**full)))
+    (tmp_path / "config.json").write_text(json.dumps(older_config(**raw)))
     config = ModelConfig(**checkpoint.load_config(tmp_path))
-    assert config == ModelConfig(
-        32, 32, 8, 4096, 14336, 256000, "rrrN", window=4096, rope_theta=50_000.0, logit_scale=0.25
-    )
+    positions = dict(pattern="rrrN", window=4096, rope_theta=50_000.0)
+    assert config == ModelConfig(*sizes, **positions, logit_scale=logit_scale)
+    plan = layer_plan(config)
+    assert [spec.window for spec in plan[:4]] == [4096, 4096, 4096, None]
+    assert [spec.rope for spec in plan] == [True, True, True, False] * (len(plan) // 4)
     with torch.device("meta"):
         ours = Transformer(config)
         theirs = Cohere2ForCausalLM(AutoConfig.from_pretrained(tmp_path))
     # the tied lm_head once
     wanted = {name.removeprefix("model."): p.shape for name, p in theirs.named_parameters()}
     assert {name: p.shape for name, p in ours.named_parameters()} == wanted
-    assert sum(p.numel() for p in ours.parameters()) == 8_028_033_024
+    assert sum(p.numel() for p in ours.parameters()) == count
 
 
 @pytest.mark.parametrize(
