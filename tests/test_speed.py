@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import fast.loss as loss_module
-from attention import attend
 from lab import cost, speed
 from lab.gpt2 import GPT2
 from model import ModelConfig, Transformer
@@ -187,7 +186,7 @@ def test_a_loss_goes_by_chunks_by_itself(monkeypatch):
 
 
 def test_training_table():
-    text = speed.measured("train", section("train", tables=tables(2, 24)), ARGS)
+    text = speed.measured(section("train", tables=tables(2, 24)), ARGS)
     assert text.startswith("2 x 24 tokens a step, forward and backward; medians of 1 turns")
     found = rows(text)
     assert list(found) == BOTH
@@ -212,7 +211,7 @@ def test_memory_table(monkeypatch):
     monkeypatch.setattr(
         speed.Job, "work", lambda job, device: built.append(job) or work(job, device)
     )
-    text = speed.measured("memory", section("memory", tables=tables(2, 24)), ARGS)
+    text = speed.measured(section("memory", tables=tables(2, 24)), ARGS)
     assert text.startswith("A vocabulary of 16,384. 2 x 24 tokens")
     assert {job.shape["vocab_size"] for job in built} == {16384}
     switches = [(job.whole, job.recompute) for job in built]
@@ -253,26 +252,22 @@ CONTEXTS = {"models": [NARROW, WIDE, FULL], "tables": tables(2, 16) + tables(1, 
 )
 def test_sections_that_compare_models(name, changes, expected):
     data = section(name, **changes)
-    text = speed.measured(name, data, ARGS)
+    text = speed.measured(data, ARGS)
     assert list(rows(text)) == expected
     assert text.count("GFLOP/s") == len(data["tables"])
 
 
-def test_decoding_after_a_long_context():
-    data = section("long-decode", length=40, config={"window": 8})
-    text = speed.measured("long-decode", data, ARGS)
-    assert list(rows(text)) == ["rrrN", "R"]
-
-
-def test_kernels():
-    data = section("kernels", length=96, windows=(8, 33), heads=(4, 2, 16))
-    text = speed.measured("kernels", data, ARGS)
-    cells = [
-        line.strip("| ").split(" | ") for line in text.splitlines() if line[:3] in ("| 8", "| 3")
-    ]
-    names = ["banded", "sdpa", "causal"]
-    assert [row[:2] for row in cells] == [[w, name] for w in ("8", "33") for name in names]
-    assert cells[2][3] == cells[5][3] == "1.00"
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernels_are_what_the_rows_say(device, monkeypatch):
+    """Each window by every kernel, which agree; their names say what runs."""
+    data = section("kernels", device, tables=tables(1, 96))
+    jobs = speed.jobs_of(data | data["tables"][0], ARGS)
+    assert {job.backend for job in jobs} >= {"banded", "sdpa"}
+    for job in jobs:
+        assert job.name == f"{job.backend}, window {ModelConfig(**job.shape).window:,}"
+        assert job.build(CPU)[0].backend == job.backend
+    if device == "cpu":  # FlexAttention has no backward pass there
+        assert list(rows(speed.measured(data, ARGS))) == [job.name for job in jobs]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -301,41 +296,6 @@ def test_what_is_compiled():
     ]
 
 
-def test_varlen_means_our_window(monkeypatch):
-    """Against a stand-in that counts as PyTorch documents: `left` keys before the query's own, no
-    grouping."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-
-    def stand_in(q, k, v, ends_q, ends_k, max_q, max_k, *, window_size):
-        assert q.shape == k.shape == v.shape and torch.equal(ends_q, ends_k) and window_size[1] == 0
-        out = []
-        for start, end in zip(ends_q[:-1], ends_q[1:]):
-            t = torch.arange(end - start)
-            seen = (t[:, None] >= t) & (t[:, None] - t <= window_size[0])
-            heads_first = (x[start:end].transpose(0, 1) for x in (q, k, v))
-            y = F.scaled_dot_product_attention(*heads_first, attn_mask=seen)
-            out.append(y.transpose(0, 1))
-        return torch.cat(out)
-
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    q, k, v = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
-    for window in (1, 5, 20):
-        expected = attend(q, k, v, window, "reference")
-        torch.testing.assert_close(speed.varlen(q, k, v, window), expected)
-
-
-def test_where_the_time_goes(corpus_folder):
-    flags = ["--data", str(corpus_folder), "--batch-tokens", "1024"]
-    flags += ["--eval-questions", "4", "--eval-tokens", "512"]
-    found = rows(speed.measured("job", section("job", flags=flags), ARGS))
-    step = {"forward", "backward", "Muon", "AdamW", "clipping", "data (made ahead, in a thread)"}
-    evaluation = {"evaluation: loss", "evaluation: needles", "the final needle table"}
-    assert set(found) == step | evaluation | {"all"}
-    seconds = {name: float(row[0].replace(",", "")) for name, row in found.items()}
-    total = seconds.pop("all")
-    assert sum(seconds.values()) == pytest.approx(total, abs=0.06 * len(seconds))
-
-
 # The check, and the command
 
 
@@ -348,7 +308,7 @@ def test_peers_that_disagree_are_not_timed(monkeypatch, capsys):
     for name in ("train", "forward"):
         monkeypatch.setitem(speed.SECTIONS, name, section(name, tables=tables(2, 24)))
         with pytest.raises(ValueError, match="do not say the same.*mean nothing"):
-            speed.measured(name, section(name), ARGS)
+            speed.measured(section(name), ARGS)
     with pytest.raises(SystemExit) as stop:
         speed.main(["train", "--device", "cpu"])
     error = capsys.readouterr().err.splitlines()
@@ -361,7 +321,7 @@ def test_tokens_that_differ_are_not_timed(monkeypatch):
     other = lambda *args, **more: ((token + 1) % 96 for token in real(*args, **more))
     monkeypatch.setattr(speed.engine, "stream", other)
     with pytest.raises(ValueError):
-        speed.measured("decode", section("decode", tables=tables(1, 12)), ARGS)
+        speed.measured(section("decode", tables=tables(1, 12)), ARGS)
 
 
 def test_nan_agrees_with_nothing():
@@ -371,14 +331,16 @@ def test_nan_agrees_with_nothing():
 
 def test_the_file_keeps_its_other_sections(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(speed, "machine", lambda device: "AMD EPYC (TM) 9")
-    for text, names in (("first", ["kernels", "job"]), ("second", ["kernels"])):
-        monkeypatch.setattr(speed, "measured", lambda name, section, args: f"{name}\n{text}")
+    for text, names in (("first", ["memory", "forward"]), ("second", ["memory"])):
+        said = lambda section, args, text=text: f"{section['shape']}\n{text}"
+        monkeypatch.setattr(speed, "measured", said)
+        monkeypatch.setitem(speed.SECTIONS["memory"], "shape", "large")
         speed.main([*names, "--device", "cpu", "--out", str(tmp_path)])
     written = (tmp_path / "speed-amd-epyc-tm-9.md").read_text()
     assert written.startswith("# Speed on AMD EPYC (TM) 9\n") and written.count("\n## ") == 2
-    assert "kernels\nsecond\n" in written and "job\nfirst\n" in written
-    assert "kernels\nfirst\n" not in written
-    assert "`python -m lab.speed kernels --device cpu --out" in written
+    assert "large\nsecond\n" in written and "small\nfirst\n" in written
+    assert "large\nfirst\n" not in written
+    assert "`python -m lab.speed memory --device cpu --out" in written
 
 
 @pytest.mark.parametrize(
