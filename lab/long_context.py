@@ -21,9 +21,8 @@ from commandline import CommandLine, guarded
 from data.corpus import Corpus
 from data.prepare import open_corpus as default_corpus
 from lab import runs
-from lab.report import figure_of, length_axis
-from lab.reproduce import table
-from lab.runs import LEARNED, TASKS, Plan, best, extension, found, has_learned, record
+from lab.report import figure_of, length_axis, markdown
+from lab.runs import TASKS, Plan, best, found, has_learned, record
 from model import require
 
 TRAINED, LENGTHS = 512, (512, 1024, 2048, 4096, 8192)
@@ -36,8 +35,7 @@ BASES = {  # name -> recipe, flags
     "rrrN": ("laptop", ("pattern", "rrrN")),
     "Nrrr": ("swan-laptop",),
 }
-WORDS = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-REPORTED = tomllib.loads(WORDS)["reported"]  # by papers: which row finds more than which
+PAGE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 Row = tuple[str, dict]  # name, record
 
@@ -47,7 +45,7 @@ def rows(corpus: Corpus, names: list[str], rates: list[float]) -> Iterator[Row]:
     for name in names:
         recipe, *flags = BASES[name]
         plan, made = best(recipe, tuple(flags), corpus, rates)
-        star = "" if has_learned(made, TRAINED) else " *"
+        star = "" if has_learned(made) else " *"
         for row, plan_of, treatment in rows_from(name, plan):
             yield row + star, record(plan_of, corpus, treatment)
 
@@ -62,7 +60,7 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
         yield "Nrrr, SWAN's scale", plan, {"length_scale": "swan"}
     if name == "N":
         yield "N, DroPE's scale", plan, {"length_scale": "drope"}
-    yield f"{name}, extended{raised}", extension(extended, plan), {}
+    yield f"{name}, extended{raised}", plan.extended(extended), {}
     if name == "rrrN":
         yield "rrrN, Llama 4's scale at evaluation", plan, {"length_scale": "llama4"}
         ssmax = Plan("ssmax-laptop", plan.with_flags(pattern="").flags)
@@ -74,9 +72,9 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
             if scaling == "yarn":
                 treatment["rope_original_length"] = TRAINED
             yield f"R, {scaling.upper()} at factor 4, untrained", plan, treatment
-            extended = extension(f"extend-laptop-{scaling}", plan)
+            extended = plan.extended(f"extend-laptop-{scaling}")
             yield f"R, extended with {scaling.upper()}", extended, {}
-        yield "R converted to rrrN", extension("convert-laptop", plan), {}
+        yield "R converted to rrrN", plan.extended("convert-laptop"), {}
         # At the recipe's own rates: its last phase sets one.
         stretch = tuple(flag for flag in plan.flags if flag[0] == "stretch")
         dropped = Plan("drope-laptop", stretch)
@@ -86,29 +84,15 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
 
 def page(made: list[Row], rates: list[float], picture: str) -> str:
     """Markdown: how it was made, and a table a task."""
-    first = made[0][1]
-    paragraphs = [
-        "# Long context",
-        "Needles on held-out text with held-out keys and values, one seed, "
-        f"{len(made)} rows, as `python -m lab.long_context` prints them: exact match ± standard "
-        "error / likelihood against seven wrong answers (chance .125). Trained length "
-        f"{TRAINED}; rates tried: {', '.join(map(str, rates))}. Corpus {first['corpus']}, torch "
-        f"{first['torch']}.\n"
-        f"Rows marked * come from a base run that found fewer than {LEARNED} in its own table at "
-        f"{TRAINED} (four asked among eight), three times the steps included: it had not learned "
-        "that, and they say nothing about length, but for a task whose own column at "
-        f"{TRAINED} is high all the same.\n"
-        "NoPE layers begin with queries half like their keys (run.py); RoPE layers, and so models "
-        "converted from them, do not: one row tells what that does.",
-        f"![exact match against context length, before and after extension]({picture})",
-    ]
+    paragraphs = [PAGE["how"].format(n=len(made), rates=", ".join(map(str, rates)), **made[0][1])]
+    paragraphs += [f"![exact match against context length, before and after extension]({picture})"]
     for task in TASKS:
         rows = []
         for name, entry in made:
             cells = [found(entry, task, n) for n in LENGTHS]
             shown = "{exact:.2f} ± {exact_error:.2f} / {likelihood:.2f}".format_map
             rows.append([name, *map(shown, cells)])
-        paragraphs += [f"## {task}", table(["", *(f"{n:,}" for n in LENGTHS)], rows)]
+        paragraphs += [f"## {task}", markdown(["", *(f"{n:,}" for n in LENGTHS)], rows)]
     paragraphs += ["## What others report, and what is seen here", reported(made)]
     ways = []
     for name, entry in made:
@@ -118,15 +102,16 @@ def page(made: list[Row], rates: list[float], picture: str) -> str:
             nats = f"{entry['val_loss']:.3f} nats per token at {longest:,} tokens"
             how = f" ({entry['seconds']:.0f} s, {nats})"
         ways.append(f"- {name}: `{entry['plan']}`{how}")
-    return "\n\n".join([*paragraphs, "## How each was made", "\n".join(ways)]) + "\n"
+    paragraphs += ["## How each was made", "\n".join(ways)]
+    return "\n\n".join(paragraphs).replace("  |", " |") + "\n"  # an empty cell is one space
 
 
 def reported(made: list[Row]) -> str:
-    """Each of REPORTED beside what was found: "shown" where the difference exceeds two standard
+    """What papers report beside what was found: "shown" where the difference exceeds two standard
     errors, "reversed" likewise."""
     entries = {name.rstrip(" *"): (entry, name) for name, entry in made}
     rows = []
-    for row in REPORTED:
+    for row in PAGE["reported"]:
         pair = [row["more"], row["less"]]
         if not entries.keys() >= set(pair):
             continue
@@ -140,7 +125,7 @@ def reported(made: list[Row]) -> str:
             word = ("shown" if difference > 0 else "reversed") if clear else "not shown"
             cells.append(f"{x['exact']:.2f} against {y['exact']:.2f}: {word}")
         rows.append([row["says"], "; ".join(pair) + stars, f"{row['tokens']:,}", *cells])
-    return table(["reported", "rows", "tokens", *TASKS], rows)
+    return markdown(["reported", "rows", "tokens", *TASKS], rows)
 
 
 def plot(made: list[Row], out: Path) -> None:

@@ -16,6 +16,8 @@ from data.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer, require
 from recipe import TREATMENT, parsed
 
+LEARNED = 0.8  # exact match at the trained length; below, a run says nothing about length
+
 
 def checkpoint_command(name: str, description: str) -> CommandLine:
     """The command lab.`name` over checkpoints: their folders, --set, --data, --device and --out."""
@@ -87,6 +89,11 @@ def corpus_of(checkpoint: Path) -> Path:
         raise ValueError(f"{record} is damaged ({error}): name the corpus with --data") from None
 
 
+def trained_length(recipe: dict) -> int:
+    """The longest length of a recipe's phases, in tokens."""
+    return max(int(length) for phase in recipe["phase"] for length in phase["lengths"])
+
+
 def lengths_of(
     given: list[int] | None, times: Sequence[float], models: dict[str, Transformer], flag: str
 ) -> list[int]:
@@ -156,6 +163,12 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = (head, ["---"] * len(head), *rows)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal, its columns flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
 def figure_of(width: float, height: float, *shape: int, **options):

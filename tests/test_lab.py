@@ -548,7 +548,7 @@ def test_records_are_made_once_and_make_a_page(
     monkeypatch.setattr(long_context, "default_corpus", lambda: corpus)
     plan, entry = runs.best("laptop", (("pattern", "R"),), corpus)
     # .006, the recipe's own
-    assert dict(plan.flags) == {"pattern": "R"} and runs.has_learned(entry, 512)
+    assert dict(plan.flags) == {"pattern": "R"} and runs.has_learned(entry)
     plan, entry = runs.best("laptop", (("pattern", "RN"),), corpus)
     assert dict(plan.flags)["stretch"] == "3"
     long_context.main(["--out", str(tmp_path / "page")])
@@ -562,7 +562,7 @@ def test_records_are_made_once_and_make_a_page(
         and (tmp_path / "page.png").exists()
     )
     # every row that it speaks of is there
-    assert text.count("0.25 against 0.25: not shown") == 2 * len(long_context.REPORTED)
+    assert text.count("0.25 against 0.25: not shown") == 2 * len(long_context.PAGE["reported"])
     with pytest.raises(SystemExit):
         long_context.main(["--only", "Q"])
     assert "'Q' is unknown" in capsys.readouterr().err
