@@ -2,12 +2,10 @@
 lengths, beside what arithmetic promises. How lab.speed measures stands here too.
 
     python -m lab.cost                          under five minutes on a laptop's CPU
-    python -m lab.cost --device cuda            to 128k tokens
     python -m lab.cost --lengths 512 2048 --patterns R rrrN --out results/cost
     python -m lab.cost --lengths 65536 --patterns rrrN --no-train      reading a long prompt alone
 
-Writes OUT.csv and OUT.png and prints a table. Each measurement has a process of its own, so that
-its peak memory is its own.
+Each measurement has a process of its own, so that its peak memory is its own.
 """
 
 import math
@@ -18,17 +16,17 @@ import sys
 import time
 from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import engine
-from attention import visible_pairs
-from commandline import CommandLine, choose_device, guarded
-from lab.report import at_least, check_out, figure_of, grouped, progress, write
+from commandline import choose_device, guarded
+from lab.report import at_least, check_out, command, figure_of, grouped, listing, progress, write
 from model import ModelConfig, Transformer, require
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 128, "d_ff": 336}
@@ -108,19 +106,19 @@ def training_step(model: nn.Module, loss_of: Callable, *batch: Tensor) -> Callab
     return step
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One pattern at one context length; fractions are of full attention everywhere (pattern R)."""
+class Cost(NamedTuple):
+    """One pattern at one context length; shares are of full attention everywhere (pattern R)."""
 
     pattern: str
     length: int
     decode_ms: float  # a token, after `length` tokens of context
     prefill_ms: float  # of the context
     train_ms: float  # forward and backward of one sequence; nan where it was left out
+    flops_share: float  # of the training step: what train_ms should follow
     cache_bytes: int
-    peak_mb: float  # of the process while decoding and training, beyond model and torch
+    cache_share: float
     cache_promised: float  # (n_full + n_windowed min(1, W/L)) / n_layer
-    pairs_promised: float  # visible pairs, which attention's work in training and prefill follows
+    peak_mib: float  # of the process while decoding and training, beyond model and torch
 
 
 def measure(
@@ -129,56 +127,39 @@ def measure(
     """Medians of one pattern at one length, in tokens, on random tokens, for a model of these sizes
     on a named device; without `training`, of reading and writing alone."""
     device = torch.device(device)
-    clock = clock_of(device)
+    clock, steps, prefills, decodes = clock_of(device), [math.nan], [], []
     torch.manual_seed(0)
     model = Transformer(ModelConfig(pattern=pattern, **sizes)).to(device)
     tokens = torch.randint(model.config.vocab_size, (1, length), device=device)
     base = peak_bytes(device)
 
-    steps = [math.nan]
     if training:
         step = training_step(model, model.loss, tokens, tokens)
         step()
         steps = [timed(step, clock) for _ in range(repeats)]
     model.to(dtype_of(device)).requires_grad_(False)
-    prefills, decodes = [], []
     for _ in range(repeats):
         cache = model.new_cache(1, length + decoded + 1)
         text = engine.stream(model, tokens, decoded + 1, cache=cache, compiled=compiled)
         prefills.append(timed(text.__next__, clock))
         decodes += [timed(text.__next__, clock) for _ in range(decoded)]
+    peak = peak_bytes(device) - base
 
-    windows = [spec.window for spec in model.plan]
-    pairs = sum(visible_pairs(length, window) for window in windows)
+    promised = sum(min(1, (spec.window or length) / length) for spec in model.plan)
+    flops = model.flops_per_token(length)
+    model.config = replace(model.config, pattern="R")
     return Cost(
-        pattern,
-        length,
-        statistics.median(decodes) * 1e3,
-        statistics.median(prefills) * 1e3,
-        statistics.median(steps) * 1e3,
-        cache.nbytes,
-        (peak_bytes(device) - base) / 2**20,
-        sum(min(1, (window or length) / length) for window in windows) / len(windows),
-        pairs / (visible_pairs(length) * len(windows)),
+        pattern=pattern,
+        length=length,
+        decode_ms=1e3 * statistics.median(decodes),
+        prefill_ms=1e3 * statistics.median(prefills),
+        train_ms=1e3 * statistics.median(steps),
+        flops_share=flops / model.flops_per_token(length),
+        cache_bytes=cache.nbytes,
+        cache_share=cache.nbytes / model.new_cache(1, cache.max_length).nbytes,
+        cache_promised=promised / len(model.plan),
+        peak_mib=peak / 2**20,
     )
-
-
-def table(costs: list[Cost]) -> str:
-    """Rows by length, each cost beside its fraction of R's and what arithmetic promises."""
-    full = {cost.length: cost for cost in costs if cost.pattern == "R"}
-    head = ["context", "pattern", "decode ms", "prefill ms", "train ms", "peak MiB"]
-    rows = [[*head, "cache bytes", "of R's", "promised", "train of R's", "pairs promised"]]
-    for cost in sorted(costs, key=lambda cost: cost.length):
-        base = full.get(cost.length)
-        row = [f"{cost.length:,}", cost.pattern, f"{cost.decode_ms:.2f}"]
-        row += [f"{x:,.0f}" for x in (cost.prefill_ms, cost.train_ms, cost.peak_mb)]
-        row.append(f"{cost.cache_bytes:,}")
-        row.append(f"{cost.cache_bytes / base.cache_bytes:.3f}" if base else "")
-        row.append(f"{cost.cache_promised:.3f}")
-        row.append(f"{cost.train_ms / base.train_ms:.2f}" if base else "")
-        rows.append([*row, f"{cost.pairs_promised:.3f}"])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
 def plot(costs: list[Cost], out: Path) -> None:
@@ -201,14 +182,13 @@ def plot(costs: list[Cost], out: Path) -> None:
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = CommandLine(prog="python -m lab.cost", description=__doc__)
+    parser = command("cost", __doc__)
     add = parser.add_argument
     add("--patterns", nargs="+", default=["R", "RN", "rrrN"])
     lengths = "tokens (default: 512 to 8k on CPU, 4k to 128k on CUDA)"
     add("--lengths", nargs="+", type=int, help=lengths)
     add("--train", action=BooleanOptionalAction, default=True, help="a training step too")
-    add("--device", help="default: cuda where there is one, else cpu")
-    add("--out", type=Path, default=Path("cost"), help="OUT.csv, OUT.png (cost)")
+    add("--compile", action=BooleanOptionalAction, default=False, help="the decode step compiled")
     args = parser.parse(argv)
     device, _ = choose_device(args.device)
     kind = "cuda" if device.type == "cuda" else "cpu"
@@ -216,13 +196,14 @@ def main(argv: list[str] | None = None) -> None:
     for pattern in args.patterns:
         ModelConfig(pattern=pattern, **sizes)
     at_least(2, lengths=min(lengths))
-    check_out(args.out)
+    check_out(Path(f"{args.out}.csv"))
 
-    costs = []
+    measured = []
     for length, pattern in progress(list(product(lengths, args.patterns))):
-        costs.append(in_own_process(measure, pattern, length, sizes, device, 3, args.train))
+        how = (pattern, length, sizes, device, 3, args.train, DECODED, args.compile)
+        measured.append(in_own_process(measure, *how))
     where = f"{sizes} on {device}, {torch.get_num_threads()} threads"
-    write(costs, args.out, plot, f"{where}\n{table(costs)}")
+    write(measured, args.out, plot, f"{where}\n{listing(measured)}")
 
 
 if __name__ == "__main__":

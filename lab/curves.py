@@ -9,7 +9,7 @@ from pathlib import Path
 
 from checkpoint import typed
 from commandline import CommandLine, guarded
-from lab.report import figure_of
+from lab.report import check_out, figure_of
 from model import require
 
 PANELS = {
@@ -65,8 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="(curves.png)")
     args = parser.parse(argv)
     logs = {run.name: read_log(run) for run in args.runs}
-    if not args.out.parent.is_dir():
-        raise FileNotFoundError(f"{args.out.parent} is no folder: --out names a file in one")
+    check_out(args.out)
     plot(logs, args.out)
     for name, entries in logs.items():
         newest = {key: value for entry in entries for key, value in entry.items()}

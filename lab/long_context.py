@@ -5,11 +5,8 @@ results/long-context.md.
     python -m lab.long_context --only R rrrN        these base patterns, and what starts from them
     python -m lab.long_context --rates 0.006        one learning rate instead of the best of three
 
-A base run trains by recipes/laptop.toml (Nrrr: swan-laptop.toml, of eight layers) at each of the
-rates; the one that finds most needles in the run's own table at the trained length (then the lowest
-loss) is kept. Where it finds fewer than .8, the same is trained three times as long before anything
-is said about length. The rows' own needles are others. Every training and every row leaves a record
-in results/runs.jsonl (lab/runs.py).
+A base run trains by recipes/laptop.toml (Nrrr: swan-laptop.toml, of eight layers), as `best` of
+lab/runs.py chooses it; the rows' own needles are others. lab/long_context.toml has the words.
 """
 
 import math
@@ -21,21 +18,12 @@ from commandline import CommandLine, guarded
 from data.corpus import Corpus
 from data.prepare import open_corpus as default_corpus
 from lab import runs
-from lab.report import figure_of, length_axis, markdown
+from lab.report import check_out, figure_of, length_axis, markdown
 from lab.runs import TASKS, Plan, best, found, has_learned, record
-from model import require
 
 TRAINED, LENGTHS = 512, (512, 1024, 2048, 4096, 8192)
-BASES = {  # name -> recipe, flags
-    "R": ("laptop", ("pattern", "R")),
-    "R QK-Norm": ("laptop", ("pattern", "R"), ("qk-norm", "")),
-    "N": ("laptop", ("pattern", "N")),
-    "RN": ("laptop", ("pattern", "RN")),
-    "rrrR": ("laptop", ("pattern", "rrrR")),
-    "rrrN": ("laptop", ("pattern", "rrrN")),
-    "Nrrr": ("swan-laptop",),
-}
 PAGE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+BASES = PAGE["bases"]
 
 Row = tuple[str, dict]  # name, record
 
@@ -43,7 +31,7 @@ Row = tuple[str, dict]  # name, record
 def rows(corpus: Corpus, names: list[str], rates: list[float]) -> Iterator[Row]:
     """Every row, as they are made."""
     for name in names:
-        recipe, *flags = BASES[name]
+        (_, recipe), *flags = BASES[name].items()
         plan, made = best(recipe, tuple(flags), corpus, rates)
         star = "" if has_learned(made) else " *"
         for row, plan_of, treatment in rows_from(name, plan):
@@ -150,18 +138,13 @@ def plot(made: list[Row], out: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = CommandLine(prog="python -m lab.long_context", description=__doc__)
-    bases = {"nargs": "+", "default": list(BASES), "metavar": "PATTERN"}
+    bases = {"nargs": "+", "choices": BASES, "default": list(BASES), "metavar": "PATTERN"}
     parser.add_argument("--only", **bases, help=f"of {', '.join(BASES)}")
     runs.add_rates(parser)
     out = Path("results/long-context")
     parser.add_argument("--out", type=Path, default=out, help="OUT.md and OUT.png")
     args = parser.parse(argv)
-    for name in args.only:
-        known = ", ".join(map(repr, BASES))
-        require(name in BASES, f"--only {name!r} is unknown: use some of {known}")
-    if not args.out.parent.is_dir():
-        missing = f"{args.out.parent} is no folder"
-        raise FileNotFoundError(f"{missing}: --out begins with one that exists")
+    check_out(Path(f"{args.out}.md"))
     made = []
     for name, entry in rows(default_corpus(), args.only, args.rates):
         made.append((name, entry))

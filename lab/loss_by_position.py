@@ -8,9 +8,9 @@ Each window ends inside a document of the validation text that reaches back over
 context, so that every context is the targets' own. Prints nats per token; writes OUT.csv, OUT.png.
 """
 
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,13 @@ from commandline import guarded
 from engine import fill
 from evaluate import mean_and_error
 from lab import report
-from lab.report import distinct, grouped
+from lab.report import grouped
 from model import Transformer, require
 
 TARGETS = 128  # tokens, the last of every window
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A checkpoint's loss under one context."""
 
     checkpoint: str
@@ -67,12 +66,8 @@ def loss(model: Transformer, ids: np.ndarray, end: int, context: int, eot: int) 
 
 def table(points: list[Point]) -> str:
     """A row a context, a column a checkpoint."""
-    text = "   context  " + "  ".join(f"{name:>18}" for name in distinct(points, "checkpoint"))
-    for context, row in grouped(points, "context").items():
-        text += f"\n{context:>10,}"
-        for point in row:
-            width = max(18, len(point.checkpoint))
-            text += f"  {f'{point.nats:.4f} ± {point.error:.4f}':>{width}}"
+    said = lambda points: f"{points[0].nats:.4f} ± {points[0].error:.4f}"
+    text = report.pivot(points, "context", "checkpoint", said)
     size = f"over {points[0].windows} windows from {points[0].documents} documents"
     return f"{text}\nnats per token of the last {TARGETS} tokens, ± standard error {size}"
 
@@ -83,7 +78,7 @@ def plot(points: list[Point], out: Path) -> None:
     for name, of in grouped(points, "checkpoint").items():
         line = zip(*[(point.context, point.nats, point.error) for point in of])
         axis.errorbar(*line, marker=".", capsize=2, label=name)
-    report.length_axis(axis, distinct(points, "context"))
+    report.length_axis(axis, list(grouped(points, "context")))
     axis.set(ylabel=f"loss of the last {TARGETS} tokens, nats")
     axis.legend(fontsize=8)
     figure.savefig(out, dpi=120)
@@ -92,16 +87,12 @@ def plot(points: list[Point], out: Path) -> None:
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = report.checkpoint_command("loss_by_position", __doc__)
-    default = "tokens (default: 128, 256, ... to 16 times the trained length)"
-    parser.add_argument("--contexts", nargs="+", type=int, help=default)
+    parser = report.checkpoint_command("loss_by_position", __doc__, "--contexts")
     parser.add_argument("--windows", type=int, default=100)
     args = parser.parse(argv)
-    report.at_least(1, windows=args.windows)
-    models, corpus = report.open_checkpoints(args)
-    contexts = report.lengths_of(args.contexts, [16], models, "--contexts")
-    if args.contexts is None:
-        contexts = [TARGETS * 2**i for i in range(32) if TARGETS * 2**i <= contexts[0]]
+    models, corpus, contexts = report.open_checkpoints(args, [2.0**i for i in range(-2, 5)])
+    if args.lengths is None:
+        contexts = sorted({max(n, TARGETS) for n in contexts})
     least = min(contexts)
     require(least >= TARGETS, f"--contexts {least} must be at least the {TARGETS} targets")
 

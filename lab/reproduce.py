@@ -1,20 +1,19 @@
 """Every claim of the paper, re-enacted: trains what is missing, measures, and writes a report with
-a verdict for each.
+a verdict for each. lab/claims.toml says what each claim compares.
 
     python -m lab.reproduce                      three seeds at laptop scale; hours on two cores
     python -m lab.reproduce --seeds 1 --only 8   the central claim alone
     python -m lab.reproduce --scale gpu          30M parameters on one GPU
 
-Writes results/reproduce-<scale>/report.md and retrieval.png (with --only: report-8.md, ...), from
-the records of results/runs.jsonl, and makes those that are missing (lab/runs.py), so that nothing
-is trained twice and a command that was cut off goes on. lab/claims.toml says what each claim
-compares.
+Writes results/reproduce-<scale>/report.md and retrieval.png (with --only: report-8.md, ...) from
+the records of lab/runs.py, so that a command that was cut off goes on.
 """
 
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,29 +26,14 @@ from evaluate import mean_and_error
 from lab import cost, runs
 from lab.report import LEARNED, at_least, figure_of, length_axis, markdown, trained_length
 from lab.runs import HERE, TASKS, TIMES, Plan, found, has_learned
-from model import ModelConfig, Transformer, require
 
 RESULTS = HERE / "results"
 WORDS = tomllib.loads((Path(__file__).parent / "claims.toml").read_text(encoding="utf-8"))
 CLAIMS = {int(name): claim for name, claim in WORDS.items() if name.isdigit()}
+SCALES, VARIANTS, DEEP = (WORDS[key] for key in ("scales", "flags", "deep"))
 MARGIN = 0.02  # of "no worse"
-VARIANTS = {  # name -> flags
-    "R": (("pattern", "R"),),
-    "QK-Norm": (("pattern", "R"), ("qk-norm", "")),
-    "N": (("pattern", "N"),),
-    "RN": (("pattern", "RN"),),
-    "rrrN": (("pattern", "rrrN"),),
-}
-# Windowed to full layers -> variant of eight layers: its pattern, at rrrN's learning rate.
-DEEP = {"1:1": "rN x8", "3:1": "rrrN x8", "7:1": "rrrrrrrN x8"}
-SCALES = {  # name -> recipes: from the start; to extend, with theta raised
-    "laptop": ("laptop", "extend-laptop", "extend-laptop-rope"),
-    "gpu": ("gpu-base", "extend-gpu", "extend-gpu-rope"),
-}
 
-
-# ------------------------------------------------------------------------------------------------
-# What is measured, by variant and seed
+# What is measured, by variant and seed ------------------------------------------------------------
 
 
 @dataclass
@@ -60,41 +44,45 @@ class Lab:
     corpus: Corpus
     seeds: list[int]
     rates: Sequence[float] = runs.RATES
-    chosen: dict[str, tuple[Plan, bool]] = field(default_factory=dict)  # see `choose`
+    chosen: dict[str, Plan] = field(default_factory=dict)  # see `choose`
     second: set[str] = field(default_factory=set)  # variants whose second stage was asked for
 
     def __post_init__(self):
-        base, extend, _ = (Plan(recipe).toml for recipe in SCALES[self.scale])
+        self.recipes = SCALES[self.scale]
+        base, extend = (Plan(self.recipes[name]).toml for name in ("base", "extend"))
         self.trained, self.extended_to = map(trained_length, (base, extend))
         self.lengths = [times * self.trained for times in TIMES]  # at which needles are asked for
         self.longest = self.lengths[-1]
         self.window = base["model"]["window"]  # of the windowed variants' training
         self.n_layer = base["model"]["n_layer"]
 
-    def choose(self, variant: str) -> tuple[Plan, bool]:
-        """The variant's run of seed 1 and whether it learned; where it never did, the unstretched
-        one, which other seeds then repeat."""
+    def run(self, plan: Plan) -> dict:
+        """The record of a run's own figures."""
+        return runs.record(plan, self.corpus, what="run")
+
+    def choose(self, variant: str) -> Plan:
+        """The variant's run of seed 1; where it never learned, the unstretched one, which other
+        seeds then repeat."""
         if variant not in self.chosen:
             flags, rates = VARIANTS.get(variant), self.rates
             if flags is None:
-                rates = [self.choose("rrrN")[0].rate]
-                flags = (("pattern", variant.removesuffix(" x8")),)
-                flags += (("n-layer", "8"),) if self.n_layer != 8 else ()
-            plan, made = runs.best(SCALES[self.scale][0], flags, self.corpus, rates)
-            learned = has_learned(made)
-            self.chosen[variant] = (plan if learned else plan.with_flags(stretch="")), learned
+                rates = [self.choose("rrrN").rate]
+                flags = {"pattern": variant.removesuffix(" x8")}
+                flags |= {"n-layer": "8"} if self.n_layer != 8 else {}
+            base = self.recipes["base"]
+            plan, made = runs.best(base, tuple(flags.items()), self.corpus, rates)
+            self.chosen[variant] = plan if has_learned(made) else plan.with_flags(stretch="")
         return self.chosen[variant]
 
     def base(self, variant: str) -> list[Plan]:
         """The variant's first stage, a run for each seed: seed 1's flags, and three times the steps
-        where these are not enough for this seed."""
-        chosen, learned = self.choose(variant)
-        plans = []
+        where these were enough for seed 1 and are not for this one."""
+        chosen, plans = self.choose(variant), []
+        learns = has_learned(self.run(chosen))
         for seed in self.seeds:
             plan = chosen.with_flags(seed=str(seed) if seed > 1 else "")
-            if learned and plan.stretch == "1":
-                if not has_learned(runs.record(plan, self.corpus, what="run")):
-                    plan = plan.with_flags(stretch="3")
+            if learns and not plan.flag("stretch") and not has_learned(self.run(plan)):
+                plan = plan.with_flags(stretch="3")
             plans.append(plan)
         return plans
 
@@ -103,17 +91,15 @@ class Lab:
         NoPE, unless `raised` says otherwise."""
         self.second.add(variant)
         raised = variant in ("R", "QK-Norm") if raised is None else raised
-        recipe = SCALES[self.scale][1 + raised]
+        recipe = self.recipes["raised" if raised else "extend"]
         return [plan.extended(recipe) for plan in self.base(variant)]
 
     # Each of these returns an array, a value for each seed.
 
     def loss(self, variant: str) -> ndarray:
-        """Validation loss after the same steps for every variant, nats per token at the trained
-        length."""
+        """Validation loss, nats per token, after the same steps for every variant."""
         plans = [plan.with_flags(stretch="") for plan in self.base(variant)]
-        made = [runs.record(plan, self.corpus, what="run") for plan in plans]
-        return np.array([each["val_loss"] for each in made])
+        return np.array([self.run(plan)["val_loss"] for plan in plans])
 
     def needles(self, plans: list[Plan], length: int, task: str, **treatment) -> ndarray:
         """Exact match of a task at a length."""
@@ -138,27 +124,22 @@ def costs(repeat: int) -> dict:
     their own, or read from the record."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes, length = cost.SIZES[device], cost.LENGTHS[device][-1]
-    patterns = ("R", "rrrN")
 
     def make() -> dict:
-        work = cost.in_own_process
-        full, swa = (work(cost.measure, pattern, length, sizes, device) for pattern in patterns)
-        with torch.device("meta"):
-            models = [Transformer(ModelConfig(pattern=pattern, **sizes)) for pattern in patterns]
-        flops = [model.flops_per_token(length) for model in models]
+        measured = lambda pattern: cost.in_own_process(cost.measure, pattern, length, sizes, device)
+        full, swa = measured("R"), measured("rrrN")
         return {
             "length": length,
-            "cache": swa.cache_bytes / full.cache_bytes,
+            "cache": swa.cache_share,
             "cache_promised": swa.cache_promised,
             "step": swa.train_ms / full.train_ms,
-            "flops": flops[1] / flops[0],
+            "flops": swa.flops_share,
         }
 
     return runs.kept(["cost", device, length, repeat], make)
 
 
-# ------------------------------------------------------------------------------------------------
-# What claims.toml compares
+# What claims.toml compares ------------------------------------------------------------------------
 
 # Metrics: (lab, label, task) -> an array, a value for each seed. Labels are mostly variants.
 
@@ -179,11 +160,6 @@ def cut(lab: Lab, label: str, task: str) -> ndarray:
     return lab.needles(lab.base("R"), lab.trained, task, pattern="r", window=lab.window)
 
 
-def against_bar(lab: Lab, name: str, task: str) -> ndarray:
-    """What a variant finds at the trained length, or the bar for having learned."""
-    return np.full(len(lab.seeds), LEARNED) if name == "bar" else short(lab, name, task)
-
-
 METRICS = {
     "loss": lambda lab, name, task: lab.loss(name),
     "extended": lambda lab, name, task: lab.needles(lab.extended(name), lab.extended_to, task),
@@ -202,7 +178,9 @@ METRICS = {
     "cache": costs_of(measured="cache", promised="cache_promised"),
     "step": costs_of(measured="step", FLOPs="flops"),
     "cut": cut,
-    "against_bar": against_bar,
+    "against_bar": lambda lab, name, task: (
+        np.full(len(lab.seeds), LEARNED) if name == "bar" else short(lab, name, task)
+    ),
 }
 ABOUT = {  # of metrics about retrieval: label -> the variant that must have learned the task
     **dict.fromkeys(("extended", "farthest", "kept_share", "needle"), lambda name: name),
@@ -222,19 +200,16 @@ RULES = {  # differences that are positive where the claim holds, from the value
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# The verdicts
+# The verdicts -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Part:
-    """A comparison's outcome: what it says, the values it shows (label -> one a seed), their
-    differences, and of the variants that it is about, which seeds have learned."""
+class Part(NamedTuple):
+    """A comparison's outcome; arrays have a value a seed."""
 
     says: str
-    shown: dict[str, ndarray]
+    shown: dict[str, ndarray]  # by label
     differences: ndarray
-    learned: dict[str, ndarray] = field(default_factory=dict)
+    learned: dict[str, ndarray] = {}  # by variant that it is about
 
 
 def compare(lab: Lab, says: str, rule: str, metric: str, of: list[str], task="single") -> Part:
@@ -269,8 +244,7 @@ def summary(verdicts: list[str]) -> str:
     return ", ".join(f"{n} of {len(verdicts)} {word}" for word, n in counts.items() if n)
 
 
-# ------------------------------------------------------------------------------------------------
-# The report
+# The report ---------------------------------------------------------------------------------------
 
 
 def shown(values: Sequence[float]) -> str:
@@ -293,36 +267,32 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str) -> str:
         details.append(markdown(["comparison", "measured", "difference", "verdict"], rows))
         if not {"reproduced", "not decided: one seed"}.issuperset(words):
             details.append(claim["otherwise"].strip())
-    seeds = len(lab.seeds)
-    only = "" if len(results) == len(CLAIMS) else f" --only {' '.join(map(str, results))}"
-    plural = "s" if seeds > 1 else ""
-    how = WORDS["how"].format(lab=lab, seeds=seeds, only=only, s=plural, masses=4 * lab.trained)
-    paragraphs = [
-        f"# The paper's claims at {lab.scale} scale",
-        how,
-        WORDS["rule"],
-        f"![needles found against context length]({picture})",
-        markdown(["", "claim", "paper", "verdict"], verdicts),
-        *details,
-        "## The variants",
-        WORDS["variants"],
-        variants(lab),
-    ]
-    return "\n\n".join(paragraphs).replace("  |", " |") + "\n"  # an empty cell is one space
+    page = WORDS["page"].format(
+        lab=lab,
+        n=len(lab.seeds),
+        seeds=f"{len(lab.seeds)} seed" + "s" * (len(lab.seeds) > 1),
+        only="" if len(results) == len(CLAIMS) else f" --only {' '.join(map(str, results))}",
+        masses=4 * lab.trained,
+        rule=WORDS["rule"],
+        picture=picture,
+        verdicts=markdown(["", "claim", "paper", "verdict"], verdicts),
+        details="\n\n".join(details),
+        about=WORDS["variants"],
+        variants=variants(lab),
+    )
+    return page.replace("  |", " |")  # an empty cell is one space
 
 
 def variants(lab: Lab) -> str:
-    """A row a variant and stage: its run, its own table at the trained length, its loss, and its
-    needles by length."""
+    """A row a variant and stage: its run, its own table, its loss, and its needles by length."""
     head = ["variant", "rate", "stretch", "own table at the trained length", "nats per token"]
     rows = []
-    for name, (chosen, _) in lab.chosen.items():
+    for name, chosen in lab.chosen.items():
         stages = {name: lab.base(name)}
         if name in lab.second:
             stages[f"{name}, extended"] = lab.extended(name)
-        made = [runs.record(plan, lab.corpus, what="run") for plan in stages[name]]
-        own = " ".join(f"{runs.own_score(each):.2f}" for each in made)
-        stretch = " ".join(plan.stretch for plan in stages[name])
+        own = " ".join(f"{runs.own_score(lab.run(plan)):.2f}" for plan in stages[name])
+        stretch = " ".join(plan.flag("stretch", "1") for plan in stages[name])
         cells = [str(chosen.rate), stretch, own, shown(lab.loss(name))]
         for stage, plans in stages.items():
             tasks = [[shown(lab.needles(plans, n, task)) for task in TASKS] for n in lab.lengths]
@@ -332,8 +302,7 @@ def variants(lab: Lab) -> str:
 
 
 def plot(lab: Lab, out: Path) -> None:
-    """Needles against length for every variant, mean and standard error over seeds: a row a stage,
-    a column a task."""
+    """Needles against length, mean and error over seeds: a row a stage, a column a task."""
     stages = [("trained", lab.base, lab.trained, lab.chosen)]
     if lab.second:
         stages.append(("extended", lab.extended, lab.extended_to, lab.second))
@@ -364,19 +333,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(prog="python -m lab.reproduce", description=f"{__doc__}\n{WORDS['rule']}")
     add = parser.add_argument
     titles = "; ".join(f"{n} {claim['title'].strip()}" for n, claim in CLAIMS.items())
-    several = {"nargs": "+", "type": int, "default": list(CLAIMS), "metavar": "CLAIM"}
-    add("--scale", default="laptop", help=f"of {', '.join(SCALES)} (default: laptop)")
+    several = {"nargs": "+", "type": int, "choices": CLAIMS, "default": [*CLAIMS]}
+    add("--scale", choices=SCALES, default="laptop", help="(default: laptop)")
     add("--seeds", type=int, default=3, help="how many, from 1 on (default: 3)")
-    add("--only", **several, help=f"numbers of claims: {titles}")
+    add("--only", **several, metavar="CLAIM", help=f"numbers of claims: {titles}")
     runs.add_rates(parser)
     args = parser.parse(argv)
-    known = " or ".join(SCALES)
-    require(args.scale in SCALES, f"--scale {args.scale!r} is unknown: use {known}")
     at_least(1, seeds=args.seeds)
     only = sorted(set(args.only))
-    for number in only:
-        require(number in CLAIMS, f"--only {number} is no claim: use 1 to {len(CLAIMS)}")
-    data = Plan(SCALES[args.scale][0]).toml.get("data")
+    data = Plan(SCALES[args.scale]["base"]).toml.get("data")
     corpus = load_corpus(data) if data else default_corpus()
     lab = Lab(args.scale, corpus, list(range(1, args.seeds + 1)), args.rates)
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -71,12 +71,11 @@ class Plan:
     @property
     def rate(self) -> float:
         """Its learning rate."""
-        return float(dict(self.flags).get("lr", self.toml["lr"]))
+        return float(self.flag("lr", self.toml["lr"]))
 
-    @property
-    def stretch(self) -> str:
-        """How many times the recipe's steps it takes."""
-        return dict(self.flags).get("stretch", "1")
+    def flag(self, name: str, default: str = "") -> str:
+        """The value of a flag."""
+        return dict(self.flags).get(name, default)
 
     def with_flags(self, **flags: str) -> "Plan":
         """The same with these flags, or without those that are given as ""."""
@@ -86,17 +85,16 @@ class Plan:
     def extended(self, recipe: str) -> "Plan":
         """A short training by `recipe` that starts from this run, without a table of its own: the
         record asks needles anyway."""
-        layers = dict(self.flags).get("n-layer", str(self.toml["model"]["n_layer"]))
-        seed = tuple(flag for flag in self.flags if flag[0] == "seed")
-        return Plan(recipe, (("n-layer", layers), ("eval-questions", "0"), *seed), self)
+        layers = self.flag("n-layer", str(self.toml["model"]["n_layer"]))
+        plan = Plan(recipe, (("n-layer", layers), ("eval-questions", "0")), self)
+        return plan.with_flags(seed=self.flag("seed"))
 
 
 def _hash(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-# ------------------------------------------------------------------------------------------------
-# Trainings
+# Trainings ----------------------------------------------------------------------------------------
 
 
 def alone(name: str):
@@ -135,18 +133,15 @@ def trained(plan: Plan, corpus: Corpus) -> Path:
             words += ["--init", str(start)] if start else []
         print(f"training {folder.name}: {plan}", file=sys.stderr, flush=True)
         log = WORK / f"{folder.name}.log"
-        try:
-            command = [sys.executable, str(HERE / "train.py"), *words]
-            with open(log, "a") as file:
-                subprocess.run(command, cwd=HERE, check=True, stdout=file, stderr=file)
-        except subprocess.CalledProcessError as error:
-            why = f"a training failed (status {error.returncode}): {log} says why"
-            raise ValueError(f"{why}; what is done is kept") from None
+        command = [sys.executable, str(HERE / "train.py"), *words]
+        with open(log, "a") as file:
+            status = subprocess.run(command, cwd=HERE, stdout=file, stderr=file).returncode
+        failed = f"a training failed (status {status}): {log} says why; what is done is kept"
+        require(status == 0, failed)
     return folder
 
 
-# ------------------------------------------------------------------------------------------------
-# Records
+# Records ------------------------------------------------------------------------------------------
 
 
 def record(
@@ -155,17 +150,11 @@ def record(
     """What the run measured, evaluated under `treatment` (fields of ModelConfig): read from its
     record, or made now.
 
-    Keys: plan, treatment, recipe, corpus, seconds of training; val_loss and val_bits_per_byte at
-    the trained length and table (the run's own: multi-query at 0.5 to 16 times the trained length),
-    these three without a treatment only; and by `what`
-
-        run         nothing more (or what a needle record has, where there is one)
-        needles     single and multi-key: a list of cells (lab.needles), one a task and length
-        attention   masses: a list of rows (lab.attention_mass), one a length and kind of layer;
-                    heads, at the longest length
-
-    at TIMES or MASS_TIMES the trained length, for extended runs too.
-    """
+    Keys: plan, treatment, recipe, corpus, seconds of training; without a treatment also val_loss
+    and val_bits_per_byte at the trained length and the run's own table (multi-query, at 0.5 to 16
+    times the trained length); and by `what`: needles, a list of cells (lab.needles), one a task and
+    length, or masses, a list of rows (lab.attention_mass), one a length and kind of layer, with the
+    heads at the longest length. "run" is content with whatever record there is."""
     treatment = treatment or {}
     elsewhere = [] if plan.trained == 512 else [plan.trained]
     asked = {
@@ -194,21 +183,18 @@ def _read(path: Path, *version: int) -> dict[str, dict]:
 def kept(identity: list, make: Callable[[], dict]) -> dict:
     """The record of that identity, made now where there is none, whole or not at all."""
     key = _hash(identity)
-    if key not in records():
-        with alone(key):
-            if key not in records():
-                _add(key, make())
-    return records()[key]
-
-
-def _add(key: str, made: dict) -> None:
-    line = json.dumps({"key": key, **made}, separators=(",", ":"))
-    with alone("records"):
-        lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
-        RECORDS.parent.mkdir(parents=True, exist_ok=True)
-        partial = RECORDS.with_suffix(".partial")
-        partial.write_text("\n".join(sorted([*lines, line])) + "\n", encoding="utf-8")
-        os.replace(partial, RECORDS)
+    if key in records():
+        return records()[key]
+    with alone(key):
+        if key not in records():  # nor has another process made it meanwhile
+            line = json.dumps({"key": key, **make()}, separators=(",", ":"))
+            with alone("records"):
+                lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
+                RECORDS.parent.mkdir(parents=True, exist_ok=True)
+                partial = RECORDS.with_suffix(".partial")
+                partial.write_text("\n".join(sorted([*lines, line])) + "\n", encoding="utf-8")
+                os.replace(partial, RECORDS)
+        return records()[key]
 
 
 def _measured(plan: Plan, corpus: Corpus, treatment: dict, what: str) -> dict:
@@ -235,22 +221,22 @@ def _measured(plan: Plan, corpus: Corpus, treatment: dict, what: str) -> dict:
             measured = needles.measure(model, hidden, "", *cell)
             made["needles"].append(_fields(measured, "depth", "examples"))
     if what == "attention":
-        lengths = [plan.trained * times for times in MASS_TIMES]
-        measure = lambda n: attention_mass.measure(model, hidden, "", n, MASS_EXAMPLES)
-        masses, heads, _ = zip(*map(measure, lengths))
-        made["masses"] = [_fields(row) for rows in masses for row in rows]
-        made["heads"] = [_fields(head) for head in heads[-1]]
+        made["masses"] = []
+        for times in MASS_TIMES:
+            cell = (plan.trained * times, MASS_EXAMPLES)
+            masses, heads, _ = attention_mass.measure(model, hidden, "", *cell)
+            made["masses"] += map(_fields, masses)
+        made["heads"] = list(map(_fields, heads))  # at the longest length
     return made
 
 
 def _fields(row, *left_out: str) -> dict:
     """Of a measurement, as a record keeps it: five digits are enough."""
-    kept = {k: v for k, v in asdict(row).items() if k not in ("checkpoint", *left_out)}
+    kept = {k: v for k, v in row._asdict().items() if k not in ("checkpoint", *left_out)}
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in kept.items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# What records say
+# What records say ---------------------------------------------------------------------------------
 
 
 def found(made: dict, task: str, length: int) -> dict:

@@ -5,20 +5,17 @@ GPT-2 as nanoGPT trains it. Who is compared stands in lab/speed.toml.
     python -m lab.speed train --compile      ours compiled (and GPT-2); Cohere2 stays eager
     python -m lab.speed gpt2 kernels         GPT-2; the kernels of windowed layers
     python -m lab.speed long --repeats 2     16k tokens; Cohere2's dense masks take minutes on a CPU
-    python -m lab.speed --out results        also into results/speed-MACHINE.md, section by section
 
 Who is compared runs by turns in one process, after all have said the same; times are medians, of
 one thread its CPU time. Peak memory is of a step in a process of its own, beyond the model. FLOPs
-count visible pairs only (Transformer.flops_per_token), and beside that as usually published,
-6 N + 12 L d T; both as a share of the matmul rate that the machine showed in the same turns, and as
-MFU where the datasheet's peak is known. On CUDA models run in bfloat16 autocast, on CPU in float32.
+count visible pairs only (Transformer.flops_per_token): as a share of the matmul rate that the
+machine showed in the same turns, and as MFU where the datasheet's peak is known. On CUDA models run
+in bfloat16 autocast, on CPU in float32.
 """
 
 import os
 import platform
 import re
-import shlex
-import sys
 import tempfile
 import tomllib
 from argparse import BooleanOptionalAction, Namespace
@@ -45,7 +42,6 @@ from train import PEAK_FLOPS
 
 DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 SHAPES, SECTIONS, TASKS = DATA["shapes"], DATA["sections"], DATA["tasks"]
-Table = tuple[str, list[dict[str, str]]]  # what was measured, and rows: column -> cell
 
 
 @dataclass(frozen=True)
@@ -106,16 +102,16 @@ class Job:
         stream = partial(engine.stream, model, tokens, new, compiled=self.compiled)
         return lambda: torch.stack(list(stream()), dim=1)
 
-    def flops(self) -> tuple[float, float]:
-        """Training FLOPs a token: of visible pairs only, and 6 N + 12 L d T."""
+    def flops(self) -> float:
+        """Training FLOPs a token."""
         with torch.device("meta"):
-            model = self.model()
-        everything = 12 * self.shape["n_layer"] * self.shape["d_model"] * self.length
-        return model.flops_per_token(self.length), 6 * model.matmul_parameters() + everything
+            return self.model().flops_per_token(self.length)
 
 
 def as_cohere2(model: Transformer) -> nn.Module:
     """transformers' Cohere2 with the weights of `model`, its attention through SDPA."""
+    mend = "which is not installed: pip install -r requirements-dev.txt"
+    require(find_spec("transformers"), f"lab.speed compares with transformers, {mend}")
     import transformers  # the oracle; only here
 
     transformers.logging.disable_progress_bar()
@@ -137,8 +133,8 @@ def jobs_of(table: dict, args: Namespace) -> list[Job]:
     return jobs
 
 
-def compare(jobs: list[Job], device: torch.device, turns: int) -> Table:
-    """Jobs of one task by turns; the last is who the others are measured by."""
+def compare(jobs: list[Job], device: torch.device, turns: int) -> str:
+    """Jobs of one task by turns, in Markdown; the last is who the others are measured by."""
     base, cuda = jobs[-1], device.type == "cuda"
     task = TASKS[base.task]
     works = {job.name: job.work(device) for job in jobs}
@@ -160,27 +156,17 @@ def compare(jobs: list[Job], device: torch.device, turns: int) -> Table:
         row = {"": job.name, task["unit"]: f"{1e3 / speed if decodes else 1e3 * took:,.2f}"}
         row |= {"speed": f"{seconds[base.name] / took:.2f}", "tokens/s": f"{speed:,.0f}"}
         if job.task == "train":
-            row |= training_columns(job, base, speed, rate, device)
+            row["FLOPs"] = f"{job.flops() / base.flops():.2f}"
+            row["of the matmul rate"] = f"{job.flops() * speed / rate:.0%}"
+            peaks = [peak for name, peak in PEAK_FLOPS.items() if name in machine(device)]
+            row |= {"MFU": f"{job.flops() * speed / peak:.1%}" for peak in peaks}
+            row["peak MiB"] = ""
+            if cuda or not job.compiled:  # a compiler in the process counts too
+                row["peak MiB"] = f"{in_own_process(step_memory, job, device) / 2**20:,.0f}"
         rows.append(row)
     size = task["does"].format(base.batch, base.length, base.new_tokens)
-    return f"{size}; medians of {turns} turns; one matrix product {rate / 1e9:,.0f} GFLOP/s", rows
-
-
-def training_columns(job: Job, base: Job, speed: float, rate: float, device) -> dict[str, str]:
-    """Memory, and FLOPs: beside those of `base`, and at a speed in tokens a second as a share of
-    the matmul rate and of the datasheet's peak."""
-    flops, published = job.flops()
-    row = {"FLOPs": f"{flops / base.flops()[0]:.2f}"}
-    row["of the matmul rate"] = f"{flops * speed / rate:.0%}"
-    row["by 6N + 12LdT"] = f"{published * speed / rate:.0%}"
-    row["peak MiB"] = ""
-    if device.type == "cuda" or not job.compiled:  # a compiler in the process counts too
-        row["peak MiB"] = f"{in_own_process(step_memory, job, device) / 2**20:,.0f}"
-    for key, peak in PEAK_FLOPS.items():
-        if key in machine(device):
-            row["MFU"] = f"{flops * speed / peak:.1%}"
-            row["MFU by 6N + 12LdT"] = f"{published * speed / peak:.1%}"
-    return row
+    how = f"medians of {turns} turns; one matrix product {rate / 1e9:,.0f} GFLOP/s"
+    return f"{size}; {how}.\n\n{markdown(rows[0], map(dict.values, rows))}"
 
 
 def agree(said: dict[str, Tensor], tolerance: float) -> None:
@@ -212,33 +198,17 @@ def machine(device: torch.device) -> str:
 
 def measured(section: dict, args: Namespace) -> str:
     """A section's text: its tables, each below a line that says what was measured."""
-    parts = []
+    tables = []
     for table in section["tables"]:
         table = section | table
         turns = min(args.repeats, table.get("turns", args.repeats))
-        text, rows = compare(jobs_of(table, args), args.device, turns)
-        parts.append(f"{text}.\n\n{markdown(rows[0], map(dict.values, rows))}")
-    return section.get("intro", "") + "\n\n".join(parts)
-
-
-def record(folder: Path, where: str, title: str, body: str) -> None:
-    """Put a section into the machine's file, in the place of an earlier one with its title."""
-    slug = re.sub("[^a-z0-9]+", "-", where.lower()).strip("-")
-    path = folder / f"speed-{slug}.md"
-    text = f"# Speed on {where}\n\nWritten by `python -m lab.speed --out {folder}`, a section "
-    text += "at a time; what the columns mean is said in lab/speed.py.\n"
-    if path.exists():
-        text = path.read_text(encoding="utf-8")
-    section = f"\n## {title}\n\n{body}\n"
-    earlier = rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)"
-    text, found = re.subn(earlier, lambda _: section, text, flags=re.DOTALL)
-    path.write_text(text if found else text + section, encoding="utf-8")
+        tables.append(compare(jobs_of(table, args), args.device, turns))
+    return section.get("intro", "") + "\n\n".join(tables)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = CommandLine(prog="python -m lab.speed", description=__doc__)
     add = parser.add_argument
     default = f"{' '.join(DATA['default']['cpu'])}; on CUDA all but long"
@@ -249,37 +219,25 @@ def main(argv: list[str] | None = None) -> None:
     add("--repeats", type=int, default=7, help="turns; slow sections take fewer")
     add("--new-tokens", type=int, default=256)
     add("--compile", action=BooleanOptionalAction, help="ours and GPT-2 (default: on CUDA)")
-    add("--out", type=Path, help="a folder, for its speed-MACHINE.md")
     args = parser.parse(argv)
     for name in args.sections:
         one_of("section", name, SECTIONS)
     at_least(1, threads=args.threads, repeats=args.repeats, new_tokens=args.new_tokens)
-    if args.out and not args.out.is_dir():
-        raise FileNotFoundError(f"--out {args.out} is no folder: make it first")
     args.device, _ = choose_device(args.device)
     kind = "cuda" if args.device.type == "cuda" else "cpu"
     args.compile = kind == "cuda" if args.compile is None else args.compile
     torch.set_num_threads(args.threads)
 
-    names = args.sections or DATA["default"][kind]
-    libraries = f"torch {torch.__version__}"
-    if any("cohere2" in str(SECTIONS[name]) for name in names):
-        mend = "which is not installed: pip install -r requirements-dev.txt"
-        require(find_spec("transformers"), f"lab.speed compares with transformers, {mend}")
-        libraries += f", transformers {version('transformers')}"
-    where = machine(args.device)
+    libraries = [f"{name} {version(name)}" for name in ("torch", "transformers") if find_spec(name)]
     clock = "wall" if kind == "cuda" or args.threads > 1 else "CPU"
-    for name in names:
+    how = f"{args.threads} thread(s), {clock} time"
+    print(f"Speed on {machine(args.device)}: {', '.join([*libraries, how])}.")
+    for name in args.sections or DATA["default"][kind]:
         load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"  # on Windows
-        load = f"load {load} on {os.cpu_count()} cores before it"
-        how = f"{libraries}, {args.threads} thread(s), {clock} time, {load}"
         section = SECTIONS[name] | SECTIONS[name].get(kind, {})
         title = section["title"] + ", compiled" * args.compile
-        text = measured(section, args)
-        body = f"`python -m lab.speed {shlex.join(argv)}`: {how}.\n\n{text}"
-        print(f"## {title}\n\n{body}\n", flush=True)
-        if args.out:
-            record(args.out, where, title, body)
+        body = f"Load {load} on {os.cpu_count()} cores before it. {measured(section, args)}"
+        print(f"\n## {title}\n\n{body}", flush=True)
 
 
 if __name__ == "__main__":

@@ -174,8 +174,8 @@ def test_the_command_writes_what_it_prints(corpus_folder, tmp_path, capsys, need
     )
     out = capsys.readouterr().out
     assert (
-        len(re.findall(r"^\S+ +(?:128|256)  (?:all|RoPE|NoPE)", out, re.M)) == 6
-        and "needle  layer" in out
+        len(re.findall(r"^\S+ +(?:128|256) +(?:all|RoPE|NoPE)  ", out, re.M)) == 6
+        and "heads with most of the needle mass" in out
     )
     assert (
         len((tmp_path / "m.csv").read_text().splitlines()) == 7
@@ -396,7 +396,7 @@ def test_only_some_claims(corpus_folder, tmp_path, monkeypatch, capsys):
         "qk-norm" in plan or "--pattern N" in plan or "--seed" in plan for plan in plans
     )
     for argv, word in (
-        (["--only", "14"], "--only 14"),
+        (["--only", "14"], "--only: invalid choice: 14"),
         (["--seeds", "0"], "--seeds 0"),
         (["--scale", "huge"], "'huge'"),
         (["--rates", "2"], "--rates 2"),

@@ -125,8 +125,7 @@ def test_the_shapes_compared_are_as_large_as_they_say():
 
 
 def test_gpt2_flops_are_counted_right(monkeypatch):
-    """6 N a token by PyTorch's counter with attention taken out, and 6 N + 12 L d T in the job's
-    other count."""
+    """6 N a token by PyTorch's counter with attention taken out; attention by its visible pairs."""
     shape = {"n_layer": 2, "n_head": 4, "d_model": 32, "vocab_size": 96}
     job = speed.Job("", shape, 1, 24, kind="gpt2")
     model = GPT2(**job.shape, length=24)
@@ -135,10 +134,9 @@ def test_gpt2_flops_are_counted_right(monkeypatch):
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
     assert counter.get_total_flops() == 6 * model.matmul_parameters() * 24
-    visible, everything = job.flops()
-    assert everything - 6 * model.matmul_parameters() == 12 * 2 * 32 * 24
     # on average half of the keys and one half
-    assert visible - 6 * model.matmul_parameters() == pytest.approx(12 * 2 * 32 * 25 / 2)
+    attention = job.flops() - 6 * model.matmul_parameters()
+    assert attention == pytest.approx(12 * 2 * 32 * 25 / 2)
 
 
 # Losses
@@ -281,7 +279,7 @@ def test_contexts_have_as_many_tokens_and_their_flops(device):
         assert patterns == ["rrrN", "rrrN", "R"]
         for job in jobs[:-1]:
             assert job.name == f"rrrN, window {job.shape['window']:,}"
-        narrow, wide, full = (job.flops()[0] for job in jobs)
+        narrow, wide, full = (job.flops() for job in jobs)
         assert narrow < wide <= full
     assert wide < full  # of the longest
 
@@ -329,18 +327,14 @@ def test_nan_agrees_with_nothing():
         speed.agree({"a": torch.tensor(1.0), "b": torch.tensor(float("nan"))}, 1)
 
 
-def test_the_file_keeps_its_other_sections(monkeypatch, tmp_path, capsys):
+def test_sections_are_printed_as_markdown(monkeypatch, capsys):
     monkeypatch.setattr(speed, "machine", lambda device: "AMD EPYC (TM) 9")
-    for text, names in (("first", ["memory", "forward"]), ("second", ["memory"])):
-        said = lambda section, args, text=text: f"{section['shape']}\n{text}"
-        monkeypatch.setattr(speed, "measured", said)
-        monkeypatch.setitem(speed.SECTIONS["memory"], "shape", "large")
-        speed.main([*names, "--device", "cpu", "--out", str(tmp_path)])
-    written = (tmp_path / "speed-amd-epyc-tm-9.md").read_text()
-    assert written.startswith("# Speed on AMD EPYC (TM) 9\n") and written.count("\n## ") == 2
-    assert "large\nsecond\n" in written and "small\nfirst\n" in written
-    assert "large\nfirst\n" not in written
-    assert "`python -m lab.speed memory --device cpu --out" in written
+    monkeypatch.setattr(speed, "measured", lambda section, args: section["shape"])
+    speed.main(["memory", "forward", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert out.startswith("Speed on AMD EPYC (TM) 9: torch ") and out.count("\n## ") == 2
+    assert "1 thread(s), CPU time.\n\n## Activation" in out
+    assert "\n## Forward\n\nLoad " in out and out.endswith(" before it. small\n")
 
 
 @pytest.mark.parametrize(
@@ -348,7 +342,6 @@ def test_the_file_keeps_its_other_sections(monkeypatch, tmp_path, capsys):
     [
         (["nonsense"], "'nonsense'"),
         (["--repeats", "0"], "--repeats 0"),
-        (["--out", "/proc/none"], "/proc/none"),
         (["--treads", "1"], "--threads"),
     ],
 )
