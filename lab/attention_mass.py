@@ -170,7 +170,6 @@ def plot(masses: list[Mass], longest: list[tuple], out: Path) -> None:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = report.checkpoint_command("attention_mass", __doc__)
     parser.add_argument("--examples", type=int, default=16, help="at every length (default: 16)")
     parser.add_argument("--seed", type=int, default=1)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import engine
 from commandline import choose_device, guarded
-from lab.report import at_least, check_out, command, figure_of, grouped, listing, progress, write
+from lab.report import at_least, check_out, command, listing, plot_lines, progress, write
 from model import ModelConfig, Transformer, require
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_model": 128, "d_ff": 336}
@@ -37,6 +37,12 @@ SIZES = {  # one for every pattern; small enough for a CPU, large enough for a G
 }
 LENGTHS = {"cpu": [512, 1024, 2048, 4096, 8192], "cuda": [4096, 16384, 65536, 131072]}
 DECODED = 32  # tokens
+PANELS = {
+    "decode_ms": "decoding, ms a token",
+    "prefill_ms": "prefill, ms",
+    "train_ms": "training step, ms",
+    "cache_bytes": "cache, bytes",
+}
 
 # How to measure ----------------------------------------------------------------------------------
 
@@ -162,26 +168,8 @@ def measure(
     )
 
 
-def plot(costs: list[Cost], out: Path) -> None:
-    """A panel each for times and cache against the context length, both axes logarithmic."""
-    panels = {"decode_ms": "decoding, ms a token", "prefill_ms": "prefill, ms"}
-    panels |= {"train_ms": "training step, ms", "cache_bytes": "cache, bytes"}
-    if math.isnan(costs[0].train_ms):
-        del panels["train_ms"]
-    figure, axes = figure_of(14, 3.6, 1, len(panels))
-    for axis, (field, title) in zip(axes, panels.items()):
-        for pattern, of in grouped(costs, "pattern").items():
-            points = sorted((cost.length, getattr(cost, field)) for cost in of)
-            axis.plot(*zip(*points), marker=".", label=pattern)
-        axis.set(title=title, xlabel="context, tokens", xscale="log", yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(out, dpi=120)
-
-
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = command("cost", __doc__)
     add = parser.add_argument
     add("--patterns", nargs="+", default=["R", "RN", "rrrN"])
@@ -203,6 +191,8 @@ def main(argv: list[str] | None = None) -> None:
         how = (pattern, length, sizes, device, 3, args.train, DECODED, args.compile)
         measured.append(in_own_process(measure, *how))
     where = f"{sizes} on {device}, {torch.get_num_threads()} threads"
+    logarithmic = {"xscale": "log", "yscale": "log"}
+    plot = lambda rows, out: plot_lines(rows, "length", "pattern", PANELS, out, **logarithmic)
     write(measured, args.out, plot, f"{where}\n{listing(measured)}")
 
 

@@ -5,11 +5,14 @@ python -m lab.curves out/laptop-r64r64r64N-s1 out/laptop-R-s1 [--out curves.png]
 
 import json
 import math
+from collections import deque
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 
 from checkpoint import typed
 from commandline import CommandLine, guarded
-from lab.report import check_out, figure_of
+from lab.report import check_out, plot_lines
 from model import require
 
 PANELS = {
@@ -41,25 +44,19 @@ def read_log(run: Path) -> list[dict]:
 
 def plot(logs: dict[str, list[dict]], out: Path) -> None:
     """Against the step: training loss (running mean of 10), validation loss, needles."""
-    figure, axes = figure_of(13, 4, 1, 3)
-    for axis, (key, title) in zip(axes, PANELS.items()):
-        for name, entries in logs.items():
-            steps = [entry["step"] for entry in entries if key in entry]
-            values = [entry[key] for entry in entries if key in entry]
-            if key == "loss":
-                lately = [values[max(0, i - 9) : i + 1] for i in range(len(values))]
-                values = [sum(last) / len(last) for last in lately]
-            axis.plot(steps, values, marker="" if key == "loss" else ".", label=name)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    axes[2].set_ylim(-0.02, 1.02)
-    figure.savefig(out, dpi=120)
+    rows = []
+    for run, entries in logs.items():
+        lately = deque(maxlen=10)
+        for entry in entries:
+            if "loss" in entry:
+                lately.append(entry["loss"])
+                entry = entry | {"loss": fmean(lately)}
+            rows.append(SimpleNamespace(run=run, **entry))
+    plot_lines(rows, "step", "run", PANELS, out)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = CommandLine(prog="python -m lab.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="(curves.png)")

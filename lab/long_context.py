@@ -136,7 +136,6 @@ def plot(made: list[Row], out: Path) -> None:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = CommandLine(prog="python -m lab.long_context", description=__doc__)
     bases = {"nargs": "+", "choices": BASES, "default": list(BASES), "metavar": "PATTERN"}
     parser.add_argument("--only", **bases, help=f"of {', '.join(BASES)}")

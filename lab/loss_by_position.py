@@ -20,7 +20,6 @@ from commandline import guarded
 from engine import fill
 from evaluate import mean_and_error
 from lab import report
-from lab.report import grouped
 from model import Transformer, require
 
 TARGETS = 128  # tokens, the last of every window
@@ -74,19 +73,12 @@ def table(points: list[Point]) -> str:
 
 def plot(points: list[Point], out: Path) -> None:
     """Loss against context, a line a checkpoint."""
-    figure, axis = report.figure_of(6.4, 3.8)
-    for name, of in grouped(points, "checkpoint").items():
-        line = zip(*[(point.context, point.nats, point.error) for point in of])
-        axis.errorbar(*line, marker=".", capsize=2, label=name)
-    report.length_axis(axis, list(grouped(points, "context")))
-    axis.set(ylabel=f"loss of the last {TARGETS} tokens, nats")
-    axis.legend(fontsize=8)
-    figure.savefig(out, dpi=120)
+    panels = {"nats": f"loss of the last {TARGETS} tokens, nats"}
+    report.plot_lines(points, "context", "checkpoint", panels, out, xscale="log")
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = report.checkpoint_command("loss_by_position", __doc__, "--contexts")
     parser.add_argument("--windows", type=int, default=100)
     args = parser.parse(argv)

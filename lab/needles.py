@@ -125,7 +125,6 @@ def plot(cells: list[Cell], out: Path) -> None:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = report.checkpoint_command("needles", __doc__)
     add = parser.add_argument
     tasks = ["single", "multi-key"]

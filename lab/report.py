@@ -7,7 +7,9 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 from tqdm import tqdm
 
 from checkpoint import read_json
@@ -126,8 +128,7 @@ def at_least(least: int, **values: int) -> None:
 
 
 def check_out(file: Path) -> None:
-    """OSError where a file cannot be written: before anything is measured, not after. Leaves no
-    file behind."""
+    """OSError where a file cannot be written; leaves none behind."""
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file.parent} is no folder: --out begins with one that exists")
     is_new = not file.exists()
@@ -197,6 +198,25 @@ def figure_of(width: float, height: float, *shape: int, **options):
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(*shape, **options)
+
+
+def plot_lines(rows: Iterable, x: str, line: str, panels: dict, out: Path, **axes) -> None:
+    """A PNG: a panel for each field, with its title; a line for each value of `line`, through the
+    means of the rows that share an x, within their range, give or take the `error` of each."""
+    figure, drawn = figure_of(3 + 3.2 * len(panels), 3.8, 1, len(panels), squeeze=False)
+    for axis, (field, title) in zip(drawn[0], panels.items()):
+        for name, of in grouped(rows, line).items():
+            points = grouped((row for row in of if hasattr(row, field)), x)
+            values = [[getattr(row, field) for row in same] for same in points.values()]
+            errors = [max(getattr(row, "error", 0) for row in same) for same in points.values()]
+            low, high = (list(map(end, values)) for end in (min, max))
+            (mean,) = axis.plot(list(points), list(map(fmean, values)), marker=".", label=name)
+            band = np.subtract(low, errors), np.add(high, errors)
+            axis.fill_between(list(points), *band, color=mean.get_color(), alpha=0.15)
+        axis.set(title=title, xlabel=x, **axes)
+        axis.grid(alpha=0.3)
+    drawn[0, -1].legend(fontsize=8)
+    figure.savefig(out, dpi=120)
 
 
 def length_axis(axis, lengths: Sequence[int]) -> None:

@@ -329,7 +329,6 @@ def plot(lab: Lab, out: Path) -> None:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = CommandLine(prog="python -m lab.reproduce", description=f"{__doc__}\n{WORDS['rule']}")
     add = parser.add_argument
     titles = "; ".join(f"{n} {claim['title'].strip()}" for n, claim in CLAIMS.items())

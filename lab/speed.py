@@ -208,7 +208,6 @@ def measured(section: dict, args: Namespace) -> str:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = CommandLine(prog="python -m lab.speed", description=__doc__)
     add = parser.add_argument
     default = f"{' '.join(DATA['default']['cpu'])}; on CUDA all but long"

@@ -6,12 +6,12 @@ python -m lab.table out/laptop-* --title "The laptop recipe" --plot results/lapt
 
 import shlex
 from pathlib import Path
-from statistics import median
+from types import SimpleNamespace
 
 from checkpoint import read_json
 from commandline import CommandLine, guarded
 from lab.curves import read_log
-from lab.report import LEARNED, figure_of, length_axis, markdown, trained_length
+from lab.report import LEARNED, markdown, plot_lines, trained_length
 from model import require
 
 
@@ -71,24 +71,17 @@ def row(run: dict, lengths: list[int]) -> list[str]:
 
 def plot(runs: list[dict], out: Path) -> None:
     """Exact match against context length, a line for each pattern, with its seeds' range."""
-    figure, axis = figure_of(7, 3.6)
-    for name in dict.fromkeys(run["name"] for run in runs):
-        seeds = [run["scores"] for run in runs if run["name"] == name]
-        lengths = sorted(set.intersection(*map(set, seeds)))
-        values = [[scores[n]["exact"] for scores in seeds] for n in lengths]
-        middle, low, high = (list(map(of, values)) for of in (median, min, max))
-        (line,) = axis.plot(lengths, middle, marker="o", label=name.replace("`", ""))
-        axis.fill_between(lengths, low, high, color=line.get_color(), alpha=0.15)
-    axis.axvline(runs[0]["trained"], color="gray", linestyle=":", label="trained length")
-    length_axis(axis, lengths)
-    axis.set(ylabel="needles found (exact match)", ylim=(-0.03, 1.03))
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out, dpi=120)
+    rows = [
+        SimpleNamespace(name=run["name"].replace("`", ""), **score)
+        for run in runs
+        for score in run["scores"].values()
+    ]
+    panels = {"exact": "needles found (exact match)"}
+    plot_lines(rows, "length", "name", panels, out, xscale="log")
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = CommandLine(prog="python -m lab.table", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--title", default="Runs")
