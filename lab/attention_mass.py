@@ -6,9 +6,8 @@ map of heads.
 
 A single needle lies in the middle of real text; the queries are those of the question and its
 answer ("qc"), and the keys fall into four segments: the first ten tokens, the needle, the question
-and answer, and all else. Weights are averaged over those queries and over heads and layers; in a
-hybrid over the RoPE and the NoPE layers apart too. Only the rows of the qc queries are ever written
-out, so that a long context fits in memory. Writes OUT.csv, OUT-heads.csv and OUT.png.
+and answer, and all else. Averages are over those queries, heads and layers; in a hybrid over the
+RoPE and the NoPE layers apart too. Writes OUT.csv, OUT-heads.csv and OUT.png.
 """
 
 from itertools import product
@@ -38,8 +37,7 @@ BINS, FIRST, LAST = 40, 10, 0.97
 
 
 class Mass(NamedTuple):
-    """What one checkpoint's queries spend at one length, over all layers or those of a kind: the
-    four masses sum to 1."""
+    """What one checkpoint's queries spend at one length; the four masses sum to 1."""
 
     checkpoint: str
     length: int  # tokens
@@ -125,7 +123,6 @@ def measure(
         means = {key: values[key][:, of].mean().item() for key in COLUMNS}
         error = mean_and_error(values["needle"][:, of].mean((1, 2)).numpy())[1]
         masses.append(Mass(name, length, kind, examples, needle_error=error, **means))
-
     heads = []
     needle, recent = values["needle"].mean(0), values["recent"].mean(0)  # (layer h)
     for (i, spec), j in product(enumerate(model.plan), range(model.config.n_head)):
@@ -137,8 +134,7 @@ def measure(
 
 
 def plot(masses: list[Mass], longest: list[tuple], out: Path) -> None:
-    """A row a checkpoint: masses by length, and of `longest`, what `measure` returned at the
-    longest length, the density and every head."""
+    """A row a checkpoint: masses by length; of `longest`, made by `measure`, density and heads."""
     names = grouped(masses, "checkpoint")
     figure, axes = report.figure_of(14, 0.4 + 3.1 * len(names), len(names), 3, squeeze=False)
     for (name, rows), (_, heads, densities), panels in zip(names.items(), longest, axes):
@@ -151,19 +147,17 @@ def plot(masses: list[Mass], longest: list[tuple], out: Path) -> None:
         bars.set(title=f"{name}\nattention mass of the qc queries", ylim=(0, 1))
         bars.tick_params(labelsize=7)
         bars.legend(fontsize=7, loc="lower right", framealpha=0.6)
-
         for kind, density in densities.items():
             line.plot((np.arange(BINS) + 0.5) / BINS, density.numpy(), label=kind)
         title = f"density over the context, {heads[0].length:,} tokens (even: 1)"
         line.set(title=title, xlabel="place in the context", yscale="log")
         line.legend(fontsize=7)
-
         for head in heads:
             color = "tab:orange" if head.position == "RoPE" else "tab:blue"
             place = (head.recent, head.needle)
             points.annotate(f"{head.layer}.{head.head}", place, color=color, ha="center")
-        points.set(title="heads (layer.head): RoPE orange, NoPE blue")
-        points.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+        title = "heads (layer.head): RoPE orange, NoPE blue"
+        points.set(title=title, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
         points.set(xlabel=f"mass on the {RECENT} nearest keys", ylabel="mass on the needle")
     figure.savefig(out, dpi=110)
 
@@ -178,14 +172,12 @@ def main(argv: list[str] | None = None) -> None:
     needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
     for length in lengths:  # ValueError before anything is measured
         list(cell_examples(needles, "single", length, 0.5, args.examples, args.seed))
-
     made = []
     for (name, model), length in report.progress(list(product(models.items(), lengths))):
         made.append(measure(model, needles, name, length, args.examples, args.seed))
     masses = [mass for rows, _, _ in made for mass in rows]
     heads = [head for _, found, _ in made for head in found]
     report.write_rows(heads, Path(f"{args.out}-heads.csv"))
-
     longest = made[len(lengths) - 1 :: len(lengths)]  # of every checkpoint
     text = f"masses sum to 1; recent: the {RECENT} nearest keys\n{report.listing(masses)}"
     for key in ("needle", "recent"):

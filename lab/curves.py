@@ -23,8 +23,7 @@ PANELS = {
 
 
 def read_log(run: Path) -> list[dict]:
-    """The entries of a run's log.jsonl. Raises OSError where there is none and ValueError where it
-    is damaged."""
+    """The entries of a run's log.jsonl; OSError where it is missing, ValueError where damaged."""
     path = run / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: give a run's folder, as train.py leaves them")

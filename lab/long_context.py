@@ -25,10 +25,8 @@ TRAINED, LENGTHS = 512, (512, 1024, 2048, 4096, 8192)
 PAGE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 BASES = PAGE["bases"]
 
-Row = tuple[str, dict]  # name, record
 
-
-def rows(corpus: Corpus, names: list[str], rates: list[float]) -> Iterator[Row]:
+def rows(corpus: Corpus, names: list[str], rates: list[float]) -> Iterator[tuple[str, dict]]:
     """Every row, as they are made."""
     for name in names:
         (_, recipe), *flags = BASES[name].items()
@@ -70,7 +68,7 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
         yield "R, dropped at the end, its scale", dropped, {"length_scale": "drope"}
 
 
-def page(made: list[Row], rates: list[float], picture: str) -> str:
+def page(made: list[tuple[str, dict]], rates: list[float], picture: str) -> str:
     """Markdown: how it was made, and a table a task."""
     paragraphs = [PAGE["how"].format(n=len(made), rates=", ".join(map(str, rates)), **made[0][1])]
     paragraphs += [f"![exact match against context length, before and after extension]({picture})"]
@@ -94,9 +92,8 @@ def page(made: list[Row], rates: list[float], picture: str) -> str:
     return "\n\n".join(paragraphs).replace("  |", " |") + "\n"  # an empty cell is one space
 
 
-def reported(made: list[Row]) -> str:
-    """What papers report beside what was found: "shown" where the difference exceeds two standard
-    errors, "reversed" likewise."""
+def reported(made: list[tuple[str, dict]]) -> str:
+    """What papers report, and what was found: a difference counts beyond two standard errors."""
     entries = {name.rstrip(" *"): (entry, name) for name, entry in made}
     rows = []
     for row in PAGE["reported"]:
@@ -116,9 +113,8 @@ def reported(made: list[Row]) -> str:
     return markdown(["reported", "rows", "tokens", *TASKS], rows)
 
 
-def plot(made: list[Row], out: Path) -> None:
-    """Exact match against length, a panel a task: a colour a base run, dashed what it was extended
-    to."""
+def plot(made: list[tuple[str, dict]], out: Path) -> None:
+    """Exact match by length, a panel a task, a colour a base run, dashed what it extended to."""
     figure, axes = figure_of(13, 4.6, 1, len(TASKS))
     for axis, task in zip(axes, TASKS):
         for i, base in enumerate(BASES):

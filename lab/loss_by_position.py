@@ -53,8 +53,7 @@ def windows(ids: np.ndarray, eot: int, longest: int, count: int) -> list[tuple[i
 
 @torch.inference_mode()
 def loss(model: Transformer, ids: np.ndarray, end: int, context: int, eot: int) -> float:
-    """Mean nats of ids[end - TARGETS : end] when `context` tokens, end-of-text first, lead up to
-    the last."""
+    """Mean nats of ids[end - TARGETS : end], `context` tokens with end-of-text first before."""
     text = np.concatenate(([eot], ids[end - context : end])).astype(np.int64)
     sequence = torch.from_numpy(text).to(model.embed_tokens.weight.device)
     cache = model.new_cache(1, context)
@@ -85,9 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     models, corpus, contexts = report.open_checkpoints(args, [2.0**i for i in range(-2, 5)])
     if args.lengths is None:
         contexts = sorted({max(n, TARGETS) for n in contexts})
-    least = min(contexts)
-    require(least >= TARGETS, f"--contexts {least} must be at least the {TARGETS} targets")
-
+    report.at_least(TARGETS, contexts=min(contexts))
     eot = corpus.tokenizer.eot_token
     chosen = windows(corpus.val, eot, contexts[-1], args.windows)
     documents = len({document for document, _ in chosen})

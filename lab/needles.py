@@ -5,8 +5,7 @@ ones (chance 1/8).
     python -m lab.needles CHECKPOINT --task single multi-key --lengths 512 4096 --depths 0 0.5 1
     python -m lab.needles CHECKPOINT --set pattern=rrrR          what if NoPE layers were RoPE ones?
 
-The tasks are RULER's (2404.06654) in small: data/needles.py says what each hides and asks. Prints a
-heat map (rows are depths) and, for several checkpoints, a comparison; writes OUT.csv and OUT.png.
+The tasks are RULER's (2404.06654) in small, see data/needles.py. Writes OUT.csv and OUT.png.
 """
 
 from collections.abc import Iterator
@@ -70,16 +69,14 @@ def score(model: Transformer, example: Example) -> tuple[float, float]:
 def cell_examples(
     needles: Needles, task: str, length: int, depth: float | None, count: int, seed: int
 ) -> Iterator[Example]:
-    """The examples of a cell, the same for every checkpoint, others in every cell. Raises
-    ValueError where one does not fit."""
+    """A cell's examples, the same for every checkpoint. ValueError where one does not fit."""
     cell = [seed, length] if depth is None else [seed, length, round(1000 * depth) + 1]
     for i in range(count):
         yield needles.task(task, np.random.default_rng([*cell, i]), length, depth)
 
 
 def measure(model: Transformer, needles: Needles, name: str, *cell) -> Cell:
-    """A cell, scored: `cell` is task, length, depth, examples and seed, as `cell_examples` has
-    them."""
+    """A cell, scored: task, length, depth, examples and seed, as `cell_examples` has them."""
     scores = [score(model, example) for example in cell_examples(needles, *cell)]
     exact, likely = zip(*scores)
     return Cell(name, *cell[:4], *mean_and_error(exact), *mean_and_error(likely))
@@ -139,14 +136,12 @@ def main(argv: list[str] | None = None) -> None:
         require(inside, f"--depths {depth}: a depth is between 0 (the beginning) and 1 (the end)")
     models, corpus, lengths = report.open_checkpoints(args, TIMES)
     needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
-
     wanted = []
     for task, length in product(dict.fromkeys(args.task), lengths):
         depths = [None] if task == "aggregation" else dict.fromkeys(args.depths)
         wanted += [(task, length, depth, args.examples, args.seed) for depth in depths]
     for cell in wanted:
         list(cell_examples(needles, *cell))  # ValueError before anything is measured
-
     every = report.progress(list(product(models.items(), wanted)))
     cells = [measure(model, needles, name, *cell) for (name, model), cell in every]
     report.write(cells, args.out, plot, text(cells))

@@ -23,28 +23,19 @@ progress = partial(tqdm, leave=False, disable=None)  # a bar where the output is
 LEARNED = 0.8  # exact match at the trained length; below, a run says nothing about length
 
 
-def command(name: str, description: str) -> CommandLine:
-    """The command lab.`name`, with --device and --out."""
-    parser = CommandLine(prog=f"python -m lab.{name}", description=description)
-    out = name.replace("_", "-")
-    files = f"OUT.csv, OUT.png (default: {out})"
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, default=Path(out), help=files)
-    return parser
-
-
 def checkpoint_command(name: str, description: str, flag="--lengths") -> CommandLine:
-    """The same over checkpoints: their folders, --set, --data, and lengths in tokens."""
-    parser = command(name, description)
-    add = parser.add_argument
+    """The command lab.`name` over checkpoints: what to measure, at which lengths, and where to."""
+    parser = CommandLine(prog=f"python -m lab.{name}", description=description)
+    add, out = parser.add_argument, name.replace("_", "-")
     treated = "positions treated otherwise: pattern=rrrR rope_theta=2e6"
     several = {"nargs": "+", "action": "extend", "default": [], "metavar": "FIELD=VALUE"}
     add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
     add("--set", **several, help=treated)
     add("--data", type=Path, help="a corpus (default: the run's own)")
-    add(
-        flag, nargs="+", type=int, dest="lengths", metavar="TOKENS", help="default: to 16 x trained"
-    )
+    lengths = {"nargs": "+", "type": int, "dest": "lengths", "metavar": "TOKENS"}
+    add(flag, **lengths, help="default: up to 16 times the trained length")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--out", type=Path, default=Path(out), help=f"OUT.csv, OUT.png (default: {out})")
     return parser
 
 
@@ -53,8 +44,7 @@ def open_checkpoints(
 ) -> tuple[dict[str, Transformer], Corpus, list[int]]:
     """The models of such a command under --set, by path and settings; the corpus to measure all of
     them on: --data, else the runs' own, else the default; and growing lengths: those given, else so
-    many times the shortest trained one. OSError or ValueError: where --out cannot be written, runs
-    with different corpora, or a corpus with another tokenizer, included."""
+    many times the shortest trained one. OSError or ValueError where anything cannot be so."""
     for name, value in vars(args).items():
         if type(value) is int:
             at_least(0 if name == "seed" else 1, **{name: value})
@@ -64,7 +54,6 @@ def open_checkpoints(
         model = Transformer.from_pretrained(path, device)
         model.config = what_if(model.config, args.set)
         models[" ".join([str(path), *args.set])] = model
-
     wanted = {args.data or corpus_of(path) for path in args.checkpoints}
     corpus, *others = [load_corpus(folder) for folder in wanted]
     folders = ", ".join(sorted(str(each.folder) for each in (corpus, *others)))
@@ -74,7 +63,6 @@ def open_checkpoints(
         same = load_tokenizer(path).hash == corpus.tokenizer.hash
         differ = f"the checkpoint {path} and the corpus {corpus.folder} have different tokenizers"
         require(same, f"{differ}: give the checkpoint's own corpus with --data")
-
     lengths = args.lengths
     if lengths is None:
         trained = {name: model.config.trained_length for name, model in models.items()}
@@ -201,8 +189,8 @@ def figure_of(width: float, height: float, *shape: int, **options):
 
 
 def plot_lines(rows: Iterable, x: str, line: str, panels: dict, out: Path, **axes) -> None:
-    """A PNG: a panel for each field, with its title; a line for each value of `line`, through the
-    means of the rows that share an x, within their range, give or take the `error` of each."""
+    """A PNG: a panel a field, with its title; a line for each value of `line`, through the means of
+    rows that share an x, within their range, give or take their `error`."""
     figure, drawn = figure_of(3 + 3.2 * len(panels), 3.8, 1, len(panels), squeeze=False)
     for axis, (field, title) in zip(drawn[0], panels.items()):
         for name, of in grouped(rows, line).items():

@@ -17,13 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy import ndarray
 
 from commandline import CommandLine, guarded
 from data.corpus import Corpus, load_corpus
 from data.prepare import open_corpus as default_corpus
 from evaluate import mean_and_error
-from lab import cost, runs
+from lab import runs, speed
 from lab.report import LEARNED, at_least, figure_of, length_axis, markdown, trained_length
 from lab.runs import HERE, TASKS, TIMES, Plan, found, has_learned
 
@@ -61,8 +60,7 @@ class Lab:
         return runs.record(plan, self.corpus, what="run")
 
     def choose(self, variant: str) -> Plan:
-        """The variant's run of seed 1; where it never learned, the unstretched one, which other
-        seeds then repeat."""
+        """The variant's run of seed 1; where it never learned, the unstretched one."""
         if variant not in self.chosen:
             flags, rates = VARIANTS.get(variant), self.rates
             if flags is None:
@@ -87,8 +85,7 @@ class Lab:
         return plans
 
     def extended(self, variant: str, raised: bool | None = None) -> list[Plan]:
-        """The variant's second stage: theta raised for RoPE, positions untouched for hybrids and
-        NoPE, unless `raised` says otherwise."""
+        """Its second stage: theta raised for RoPE models, untouched for others, or as is said."""
         self.second.add(variant)
         raised = variant in ("R", "QK-Norm") if raised is None else raised
         recipe = self.recipes["raised" if raised else "extend"]
@@ -96,17 +93,17 @@ class Lab:
 
     # Each of these returns an array, a value for each seed.
 
-    def loss(self, variant: str) -> ndarray:
+    def loss(self, variant: str) -> np.ndarray:
         """Validation loss, nats per token, after the same steps for every variant."""
         plans = [plan.with_flags(stretch="") for plan in self.base(variant)]
         return np.array([self.run(plan)["val_loss"] for plan in plans])
 
-    def needles(self, plans: list[Plan], length: int, task: str, **treatment) -> ndarray:
+    def needles(self, plans: list[Plan], length: int, task: str, **treatment) -> np.ndarray:
         """Exact match of a task at a length."""
         made = [runs.record(plan, self.corpus, treatment) for plan in plans]
         return np.array([found(each, task, length)["exact"] for each in made])
 
-    def mass(self, plans: list[Plan], key: str, layers: str = "all") -> ndarray:
+    def mass(self, plans: list[Plan], key: str, layers: str = "all") -> np.ndarray:
         """A figure of lab.attention_mass at four times the trained length."""
         which, values = (4 * self.trained, layers), []
         for plan in plans:
@@ -114,29 +111,31 @@ class Lab:
             values += [row[key] for row in rows if (row["length"], row["layers"]) == which]
         return np.array(values)
 
-    def learned(self, variant: str, task: str) -> ndarray:
+    def learned(self, variant: str, task: str) -> np.ndarray:
         """Does the run find LEARNED of a task's needles at the trained length?"""
         return self.needles(self.base(variant), self.trained, task) >= LEARNED
 
 
 def costs(repeat: int) -> dict:
-    """Cache, training step and FLOPs of rrrN over R's at one length, measured once in processes of
-    their own, or read from the record."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes, length = cost.SIZES[device], cost.LENGTHS[device][-1]
+    """Cache, training step and FLOPs of rrrN over R's at one length: measured, or as recorded."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, length = WORDS["cost"][device.type]
 
     def make() -> dict:
-        measured = lambda pattern: cost.in_own_process(cost.measure, pattern, length, sizes, device)
-        full, swa = measured("R"), measured("rrrN")
+        shapes = {pattern: speed.SHAPES[name] | {"pattern": pattern} for pattern in ("R", "rrrN")}
+        full, swa = (speed.Job(pattern, shape, 1, length) for pattern, shape in shapes.items())
+        works = {job.name: job.work(device) for job in (full, swa)}
+        speed.alternate(works, range(1), speed.clock_of(device))  # the first is slow
+        seconds = speed.alternate(works, range(3), speed.clock_of(device))
         return {
             "length": length,
-            "cache": swa.cache_share,
-            "cache_promised": swa.cache_promised,
-            "step": swa.train_ms / full.train_ms,
-            "flops": swa.flops_share,
+            "cache": swa.cache()[0] / full.cache()[0],
+            "cache_promised": swa.cache()[1],
+            "step": seconds["rrrN"] / seconds["R"],
+            "flops": swa.flops() / full.flops(),
         }
 
-    return runs.kept(["cost", device, length, repeat], make)
+    return runs.kept(["cost", device.type, length, repeat], make)
 
 
 # What claims.toml compares ------------------------------------------------------------------------
@@ -153,7 +152,7 @@ costs_of = lambda **keys: (
 )
 
 
-def cut(lab: Lab, label: str, task: str) -> ndarray:
+def cut(lab: Lab, label: str, task: str) -> np.ndarray:
     """What R finds under a window at evaluation, or half of what it finds without."""
     if label == "half of whole":
         return short(lab, "R", task) / 2
@@ -200,16 +199,13 @@ RULES = {  # differences that are positive where the claim holds, from the value
 }
 
 
-# The verdicts -------------------------------------------------------------------------------------
-
-
 class Part(NamedTuple):
     """A comparison's outcome; arrays have a value a seed."""
 
     says: str
-    shown: dict[str, ndarray]  # by label
-    differences: ndarray
-    learned: dict[str, ndarray] = {}  # by variant that it is about
+    shown: dict[str, np.ndarray]  # by label
+    differences: np.ndarray
+    learned: dict[str, np.ndarray] = {}  # by variant that it is about
 
 
 def compare(lab: Lab, says: str, rule: str, metric: str, of: list[str], task="single") -> Part:
@@ -242,9 +238,6 @@ def summary(verdicts: list[str]) -> str:
     words = ("reproduced", "reversed", "not decided")
     counts = {word: sum(v.startswith(word) for v in verdicts) for word in words}
     return ", ".join(f"{n} of {len(verdicts)} {word}" for word, n in counts.items() if n)
-
-
-# The report ---------------------------------------------------------------------------------------
 
 
 def shown(values: Sequence[float]) -> str:
@@ -343,7 +336,6 @@ def main(argv: list[str] | None = None) -> None:
     data = Plan(SCALES[args.scale]["base"]).toml.get("data")
     corpus = load_corpus(data) if data else default_corpus()
     lab = Lab(args.scale, corpus, list(range(1, args.seeds + 1)), args.rates)
-
     suffix = "" if only == list(CLAIMS) else "-" + "-".join(map(str, only))
     folder, picture = RESULTS / f"reproduce-{args.scale}", f"retrieval{suffix}.png"
     folder.mkdir(parents=True, exist_ok=True)

@@ -83,8 +83,7 @@ class Plan:
         return replace(self, flags=kept + tuple((k, v) for k, v in flags.items() if v))
 
     def extended(self, recipe: str) -> "Plan":
-        """A short training by `recipe` that starts from this run, without a table of its own: the
-        record asks needles anyway."""
+        """A short training by `recipe` from this run on; the record asks needles, it need not."""
         layers = self.flag("n-layer", str(self.toml["model"]["n_layer"]))
         plan = Plan(recipe, (("n-layer", layers), ("eval-questions", "0")), self)
         return plan.with_flags(seed=self.flag("seed"))
@@ -111,13 +110,12 @@ def finished(folder: Path) -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Has this CPU bfloat16 units (AVX512-BF16, AMX)? A training takes half the time with them."""
+    """Has this CPU bfloat16 units (AVX512-BF16, AMX), which halve the time of a training?"""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def trained(plan: Plan, corpus: Corpus) -> Path:
-    """The folder of the finished run, trained or continued now where it must be. ValueError when
-    training fails."""
+    """The folder of the run, trained or continued now where it must be. ValueError if it fails."""
     start = plan.init and trained(plan.init, corpus) / "last"
     folder = WORK / plan.key(corpus)
     with alone(folder.name):
@@ -150,11 +148,9 @@ def record(
     """What the run measured, evaluated under `treatment` (fields of ModelConfig): read from its
     record, or made now.
 
-    Keys: plan, treatment, recipe, corpus, seconds of training; without a treatment also val_loss
-    and val_bits_per_byte at the trained length and the run's own table (multi-query, at 0.5 to 16
-    times the trained length); and by `what`: needles, a list of cells (lab.needles), one a task and
-    length, or masses, a list of rows (lab.attention_mass), one a length and kind of layer, with the
-    heads at the longest length. "run" is content with whatever record there is."""
+    Keys: plan, treatment, recipe, corpus, seconds of training; without a treatment also val_loss,
+    val_bits_per_byte and the run's own table; and by `what`: needles, cells of lab.needles, or
+    masses and heads, rows of lab.attention_mass. "run" is content with a needle record."""
     treatment = treatment or {}
     elsewhere = [] if plan.trained == 512 else [plan.trained]
     asked = {
@@ -234,9 +230,6 @@ def _fields(row, *left_out: str) -> dict:
     """Of a measurement, as a record keeps it: five digits are enough."""
     kept = {k: v for k, v in row._asdict().items() if k not in ("checkpoint", *left_out)}
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in kept.items()}
-
-
-# What records say ---------------------------------------------------------------------------------
 
 
 def found(made: dict, task: str, length: int) -> dict:

@@ -3,6 +3,7 @@ GPT-2 as nanoGPT trains it. Who is compared stands in lab/speed.toml.
 
     python -m lab.speed                      training step, forward, decoding, memory: minutes
     python -m lab.speed train --compile      ours compiled (and GPT-2); Cohere2 stays eager
+    python -m lab.speed cost                 what a context costs, beside what arithmetic promises
     python -m lab.speed gpt2 kernels         GPT-2; the kernels of windowed layers
     python -m lab.speed long --repeats 2     16k tokens; Cohere2's dense masks take minutes on a CPU
 
@@ -13,13 +14,17 @@ machine showed in the same turns, and as MFU where the datasheet's peak is known
 in bfloat16 autocast, on CPU in float32.
 """
 
+import multiprocessing
 import os
 import platform
 import re
+import statistics
+import sys
 import tempfile
+import time
 import tomllib
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -33,8 +38,6 @@ from torch import Tensor, nn
 import engine
 from attention import one_of
 from commandline import CommandLine, choose_device, guarded
-from lab import cost
-from lab.cost import alternate, clock_of, dtype_of, in_own_process, peak_bytes
 from lab.gpt2 import GPT2
 from lab.report import at_least, markdown, progress
 from model import ModelConfig, Transformer, require
@@ -44,28 +47,76 @@ DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf
 SHAPES, SECTIONS, TASKS = DATA["shapes"], DATA["sections"], DATA["tasks"]
 
 
+# How to measure ----------------------------------------------------------------------------------
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds, read once the device has done its work: of the CPU where one thread of it works, so
+    that what else the machine does counts little; else of the wall."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    read = time.process_time if alone else time.perf_counter
+    wait = torch.get_device_module(device).synchronize
+    return lambda: (wait(), read())[1]
+
+
+def alternate(works: dict[str, Callable], turns: Iterable, clock: Callable) -> dict[str, float]:
+    """Median seconds of each work by the clock, taken by turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in turns:
+        for name, work in works.items():
+            started = clock()
+            work()
+            seconds[name].append(clock() - started)
+    return {name: statistics.median(seen) for name, seen in seconds.items()}
+
+
+def in_own_process(work: Callable, *args):
+    """work(*args) in a new process with as many threads."""
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        return pool.apply(work, args)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The largest memory so far: of the device's allocator, or of this process (resident)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage also counts what the parent held before
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    require(sys.platform == "darwin", "peak memory is measured on Linux and macOS only")
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """In which models run: bfloat16 on CUDA."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 @dataclass(frozen=True)
 class Job:
-    """A model and what it does with how many tokens: all that another process needs to build it.
-    Equal shapes get equal weights."""
+    """A model and what it does with how many tokens. Equal shapes get equal weights."""
 
     name: str
     shape: dict
     batch: int
     length: int
     kind: str = "ours"  # or cohere2, gpt2
-    task: str = "train"  # or forward, decode
+    task: str = "train"  # or forward, prefill, decode, continue
     compiled: bool = False
     backend: str = "auto"  # ours: the kernel of windowed layers
     recompute: bool = False
     whole: bool = False  # ours, with the cross-entropy of whole logits
     new_tokens: int = 0  # to decode
 
-    def model(self) -> Transformer | GPT2:
+    def model(self, device="cpu") -> Transformer | GPT2:
         """Ours, or GPT-2."""
-        if self.kind == "gpt2":
-            return GPT2(**self.shape, length=self.length)
-        return Transformer(ModelConfig(**self.shape))
+        with torch.device(device):
+            if self.kind == "gpt2":
+                return GPT2(**self.shape, length=self.length)
+            return Transformer(ModelConfig(**self.shape))
 
     def build(self, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
         """The model, its logits of tokens, and its loss of (tokens, targets)."""
@@ -89,23 +140,42 @@ class Job:
         size, generator = (self.batch, self.length + 1), torch.Generator().manual_seed(1)
         text = torch.randint(self.shape["vocab_size"] - 1, size, generator=generator).to(device)
         tokens, new = text[:, :-1], self.new_tokens
+        half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
         if self.task == "train":
-            return cost.training_step(model, compiled(loss), tokens, text[:, 1:])
+            loss_of = half(compiled(loss))
 
+            def step() -> Tensor:
+                value = loss_of(tokens, text[:, 1:])
+                value.backward()
+                model.zero_grad()
+                return value.detach()
+
+            return step
         if self.task == "forward":
-            half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
             return torch.no_grad()(half(partial(compiled(logits), tokens)))
-
         if self.kind == "cohere2":
             exactly = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
             return lambda: model.generate(tokens, **exactly)[:, self.length :]
-        stream = partial(engine.stream, model, tokens, new, compiled=self.compiled)
-        return lambda: torch.stack(list(stream()), dim=1)
+        stream = partial(engine.stream, model, tokens, compiled=self.compiled)
+        if self.task == "decode":
+            return lambda: torch.stack(list(stream(new)), dim=1)
+        model.to(dtype_of(device)).requires_grad_(False)
+        cache = lambda room: model.new_cache(self.batch, self.length + room)
+        if self.task == "prefill":
+            return lambda: engine.prefill(model, tokens, cache(0))
+        text = stream(16 * new, cache=cache(16 * new))  # in every turn it goes on
+        return lambda: torch.stack([next(text) for _ in range(new)], dim=1)
 
     def flops(self) -> float:
         """Training FLOPs a token."""
-        with torch.device("meta"):
-            return self.model().flops_per_token(self.length)
+        return self.model("meta").flops_per_token(self.length)
+
+    def cache(self) -> tuple[int, float]:
+        """Bytes of a cache of the context, and what arithmetic promises of full attention's:
+        (n_full + n_windowed min(1, W/L)) / n_layer."""
+        model = self.model("meta")
+        held = [min(1, (spec.window or self.length) / self.length) for spec in model.plan]
+        return model.new_cache(self.batch, self.length).nbytes, sum(held) / len(held)
 
 
 def as_cohere2(model: Transformer) -> nn.Module:
@@ -125,7 +195,7 @@ def jobs_of(table: dict, args: Namespace) -> list[Job]:
     """The jobs of a table of lab/speed.toml."""
     jobs = []
     for model in table["models"]:
-        words = table | model | {"new_tokens": args.new_tokens}
+        words = {"new_tokens": args.new_tokens} | table | model
         words["shape"] = SHAPES[words["shape"]] | words.get("config", {})
         if args.compile and not words.get("eager"):
             words |= {"compiled": True, "name": f"{model['name']}, compiled"}
@@ -148,18 +218,22 @@ def compare(jobs: list[Job], device: torch.device, turns: int) -> str:
     seconds = alternate(works, progress(range(turns)), clock_of(device))
     rate = 2 * n**3 / seconds["matmul"]
     del works, said, square  # and so the models
-
     rows = []
     for job in jobs:
-        took, decodes = seconds[job.name], job.task == "decode"
+        took, decodes = seconds[job.name], job.task in ("decode", "continue")
         speed = (job.new_tokens if decodes else job.batch * job.length) / took
         row = {"": job.name, task["unit"]: f"{1e3 / speed if decodes else 1e3 * took:,.2f}"}
         row |= {"speed": f"{seconds[base.name] / took:.2f}", "tokens/s": f"{speed:,.0f}"}
+        if job.task == "continue":
+            held, promised = job.cache()
+            row |= {"cache bytes": f"{held:,}", "share": f"{held / base.cache()[0]:.3f}"}
+            row["promised"] = f"{promised:.3f}"
         if job.task == "train":
             row["FLOPs"] = f"{job.flops() / base.flops():.2f}"
             row["of the matmul rate"] = f"{job.flops() * speed / rate:.0%}"
             peaks = [peak for name, peak in PEAK_FLOPS.items() if name in machine(device)]
             row |= {"MFU": f"{job.flops() * speed / peak:.1%}" for peak in peaks}
+        if job.task in ("train", "prefill"):
             row["peak MiB"] = ""
             if cuda or not job.compiled:  # a compiler in the process counts too
                 row["peak MiB"] = f"{in_own_process(step_memory, job, device) / 2**20:,.0f}"
@@ -180,7 +254,7 @@ def agree(said: dict[str, Tensor], tolerance: float) -> None:
 
 
 def step_memory(job: Job, device: torch.device) -> int:
-    """Peak bytes of two steps, beyond the model: for a process of its own."""
+    """Peak bytes of doing it twice, beyond the model: for a process of its own."""
     step = job.work(device)
     base = peak_bytes(device)
     step(), step()
@@ -228,9 +302,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
 
     libraries = [f"{name} {version(name)}" for name in ("torch", "transformers") if find_spec(name)]
+    libraries.append(f"{args.threads} thread(s)")
     clock = "wall" if kind == "cuda" or args.threads > 1 else "CPU"
-    how = f"{args.threads} thread(s), {clock} time"
-    print(f"Speed on {machine(args.device)}: {', '.join([*libraries, how])}.")
+    print(f"Speed on {machine(args.device)}: {', '.join(libraries)}, {clock} time.")
     for name in args.sections or DATA["default"][kind]:
         load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"  # on Windows
         section = SECTIONS[name] | SECTIONS[name].get(kind, {})

@@ -16,11 +16,10 @@ from model import require
 
 
 def read_run(folder: Path) -> dict:
-    """What a finished run recorded: its run.json, its final entry, the seconds that its steps took,
-    and from these its pattern, its command without the folder that it was told to write to, its
-    trained length, and its needle scores by length. Raises OSError or ValueError."""
+    """What a finished run recorded: its run.json, its final entry, and from these what a row says.
+    Raises OSError or ValueError."""
     entries, path = read_log(folder), folder / "run.json"
-    final = entries[-1] if entries[-1].get("final") else None
+    final = next((entry for entry in reversed(entries) if entry.get("final")), None)
     unfinished = f"{folder} has no final evaluation: let it finish, with --resume {folder}"
     require(final is not None, unfinished)
     try:
@@ -71,11 +70,10 @@ def row(run: dict, lengths: list[int]) -> list[str]:
 
 def plot(runs: list[dict], out: Path) -> None:
     """Exact match against context length, a line for each pattern, with its seeds' range."""
-    rows = [
-        SimpleNamespace(name=run["name"].replace("`", ""), **score)
-        for run in runs
-        for score in run["scores"].values()
-    ]
+    rows = []
+    for run in runs:
+        name = run["name"].replace("`", "")
+        rows += [SimpleNamespace(name=name, **score) for score in run["scores"].values()]
     panels = {"exact": "needles found (exact match)"}
     plot_lines(rows, "length", "name", panels, out, xscale="log")
 

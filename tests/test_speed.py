@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import fast.loss as loss_module
-from lab import cost, speed
+from attention import visible_pairs
+from lab import speed
 from lab.gpt2 import GPT2
 from model import ModelConfig, Transformer
 
@@ -31,6 +32,7 @@ TINY = {
     "vocab_size": 96,
     "window": 8,
 }
+alone = speed.in_own_process  # before `quick` replaces it
 PEER = {"n_layer": 2, "n_head": 2, "d_model": 32, "vocab_size": 96}
 CPU = torch.device("cpu")
 ARGS = Namespace(device=CPU, compile=False, repeats=1, new_tokens=4)
@@ -59,10 +61,9 @@ def tables(batch, length):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Small models, and no process for each peak: test_memory_of_a_step has them."""
-    alone = speed.in_own_process
     peak = lambda work, *args: 7 * 2**20 if work is speed.step_memory else alone(work, *args)
     monkeypatch.setattr(speed, "in_own_process", peak)
-    shapes = {"small": TINY, "ours-124M": TINY, "gpt2-124M": PEER}
+    shapes = {"small": TINY, "laptop": TINY, "ours-124M": TINY, "gpt2-124M": PEER}
     monkeypatch.setattr(speed, "SHAPES", shapes)
 
 
@@ -226,15 +227,56 @@ def test_memory_of_a_step():
     less."""
     job = speed.Job("", TINY | {"vocab_size": 2**15}, 1, 512)
     by_chunks, at_once = (
-        cost.in_own_process(speed.step_memory, replace(job, whole=whole), CPU)
-        for whole in (False, True)
+        alone(speed.step_memory, replace(job, whole=whole), CPU) for whole in (False, True)
     )
     assert at_once > 2**27 and by_chunks < 0.9 * at_once
+
+
+def test_a_long_prompt_takes_little_memory():
+    """16k tokens through the laptop model: the (t v) logits alone would be 134 MB, a (t s) mask 268
+    MB."""
+    job = speed.Job("", speed.DATA["shapes"]["laptop"], 1, 16384, task="prefill")
+    assert 0 < alone(speed.step_memory, job, CPU) < 200 * 2**20
+
+
+def test_cost_is_what_arithmetic_promises(monkeypatch):
+    """Cache bytes and FLOPs are exact; times are only there (what they are is the machine's
+    affair)."""
+    shape = {"n_layer": 4, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 16}
+    monkeypatch.setitem(speed.SHAPES, "laptop", shape | {"vocab_size": 32, "window": 8})
+    data = section("cost", new_tokens=3, tables=[{"task": "continue", "length": 64}])
+    jobs = {job.name: job for job in speed.jobs_of(data | data["tables"][0], ARGS)}
+    # rows x head width x (k, v) x float32, and a position each
+    full, promised = jobs["R"].cache()
+    assert full == 4 * 64 * 8 * 2 * 4 + 8 * 64 and promised == jobs["RN"].cache()[1] == 1
+    hybrid, promised = jobs["rrrN"].cache()
+    assert hybrid == (64 + 3 * 8) * 8 * 2 * 4 + 8 * (64 + 8)
+    assert promised == pytest.approx((1 + 3 * 8 / 64) / 4)
+    # 6 N a token, and 12 x width a visible pair
+    n = jobs["R"].model().matmul_parameters()
+    pairs = visible_pairs(64) + 3 * visible_pairs(64, 8)
+    assert jobs["rrrN"].flops() == pytest.approx(6 * n + 12 * 16 * pairs / 64)
+    assert jobs["R"].flops() == pytest.approx(6 * n + 12 * 16 * 4 * visible_pairs(64) / 64)
+    text = speed.measured(data, ARGS)
+    assert text.startswith("3 tokens after 1 x 64 tokens of context") and list(rows(text)) == [
+        *jobs
+    ]
+    assert rows(text)["rrrN"][-3:] == [f"{hybrid:,}", f"{hybrid / full:.3f}", f"{promised:.3f}"]
+
+
+def test_a_context_is_continued_as_a_stream_is():
+    """Every turn goes on with the text, and what the first says is what `decode` says."""
+    shape = TINY | {"vocab_size": 2**10}
+    job = speed.Job("", shape, 1, 40, task="continue", new_tokens=4)
+    work = job.work(CPU)
+    said = torch.cat([work(), work()], dim=1)
+    assert torch.equal(said, replace(job, task="decode", new_tokens=8).work(CPU)())
 
 
 NARROW = {"name": "rrrN, window 4", "config": {"window": 4}}
 WIDE = {"name": "rrrN, window 8", "config": {"window": 8}}
 FULL = {"name": "R", "config": {"pattern": "R"}}
+COSTS = {"tables": [{"task": task, "length": 40} for task in ("train", "prefill", "continue")]}
 CONTEXTS = {"models": [NARROW, WIDE, FULL], "tables": tables(2, 16) + tables(1, 32)}
 
 
@@ -245,6 +287,7 @@ CONTEXTS = {"models": [NARROW, WIDE, FULL], "tables": tables(2, 16) + tables(1, 
         ("decode", {"tables": tables(1, 12)}, BOTH),
         ("long", {"tables": tables(1, 64)}, BOTH),
         ("gpt2", {"length": 24}, ["ours, 124M", "GPT-2, 124M"]),
+        ("cost", COSTS, ["rrrN", "RN", "R"]),
         ("contexts", CONTEXTS, ["rrrN, window 4", "rrrN, window 8", "R"]),
     ],
 )
