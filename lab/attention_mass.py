@@ -1,7 +1,6 @@
 """Where attention goes: the paper's masses and entropy (section 3), a density over positions, and a
 map of heads.
 
-    python -m lab.attention_mass out/laptop-R-s1/last out/laptop-r64r64r64N-s1/last
     python -m lab.attention_mass CHECKPOINT --lengths 512 2048 32768 --examples 32
 
 A single needle lies in the middle of real text; the queries are those of the question and its

@@ -1,5 +1,4 @@
-"""What happens beyond the trained length, and what extension recipes do about it:
-results/long-context.md.
+"""Beyond the trained length, and what extension recipes do about it: results/long-context.md.
 
     python -m lab.long_context                      every row (hours on two cores; can be cut off)
     python -m lab.long_context --only R rrrN        these base patterns, and what starts from them

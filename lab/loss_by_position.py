@@ -1,7 +1,6 @@
 """Does a longer context help? The loss of the same last 128 tokens under contexts of growing
 length, far beyond the trained one.
 
-    python -m lab.loss_by_position out/laptop-R-s1/last out/laptop-r64r64r64N-s1/last
     python -m lab.loss_by_position CHECKPOINT --contexts 512 8192 --windows 200
 
 Each window ends inside a document of the validation text that reaches back over the longest
@@ -73,7 +72,7 @@ def table(points: list[Point]) -> str:
 def plot(points: list[Point], out: Path) -> None:
     """Loss against context, a line a checkpoint."""
     panels = {"nats": f"loss of the last {TARGETS} tokens, nats"}
-    report.plot_lines(points, "context", "checkpoint", panels, out, xscale="log")
+    report.plot_lines(points, "context", "checkpoint", panels, out, lengths=True)
 
 
 @guarded

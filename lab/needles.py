@@ -1,7 +1,6 @@
 """Needles by length and depth: exact match, and the right answer's likelihood against seven wrong
 ones (chance 1/8).
 
-    python -m lab.needles out/laptop-R-s1/last out/laptop-r64r64r64N-s1/last
     python -m lab.needles CHECKPOINT --task single multi-key --lengths 512 4096 --depths 0 0.5 1
     python -m lab.needles CHECKPOINT --set pattern=rrrR          what if NoPE layers were RoPE ones?
 

@@ -188,7 +188,7 @@ def figure_of(width: float, height: float, *shape: int, **options):
     return figure, figure.subplots(*shape, **options)
 
 
-def plot_lines(rows: Iterable, x: str, line: str, panels: dict, out: Path, **axes) -> None:
+def plot_lines(rows: list, x: str, line: str, panels: dict, out: Path, lengths=False) -> None:
     """A PNG: a panel a field, with its title; a line for each value of `line`, through the means of
     rows that share an x, within their range, give or take their `error`."""
     figure, drawn = figure_of(3 + 3.2 * len(panels), 3.8, 1, len(panels), squeeze=False)
@@ -201,8 +201,12 @@ def plot_lines(rows: Iterable, x: str, line: str, panels: dict, out: Path, **axe
             (mean,) = axis.plot(list(points), list(map(fmean, values)), marker=".", label=name)
             band = np.subtract(low, errors), np.add(high, errors)
             axis.fill_between(list(points), *band, color=mean.get_color(), alpha=0.15)
-        axis.set(title=title, xlabel=x, **axes)
+        axis.set(title=title, xlabel=x)
         axis.grid(alpha=0.3)
+        if lengths:
+            length_axis(axis, list(grouped(rows, x)))
+        if "exact" in title:  # a share
+            axis.set_ylim(-0.03, 1.03)
     drawn[0, -1].legend(fontsize=8)
     figure.savefig(out, dpi=120)
 

@@ -75,7 +75,7 @@ def plot(runs: list[dict], out: Path) -> None:
         name = run["name"].replace("`", "")
         rows += [SimpleNamespace(name=name, **score) for score in run["scores"].values()]
     panels = {"exact": "needles found (exact match)"}
-    plot_lines(rows, "length", "name", panels, out, xscale="log")
+    plot_lines(rows, "length", "name", panels, out, lengths=True)
 
 
 @guarded
