@@ -1,19 +1,17 @@
 """Where attention goes: the paper's masses and entropy (section 3), a density over positions, and a
 map of heads.
 
-    python -m lab.attention_mass out/laptop-R-s1/last out/laptop-r64r64r64N-s1/last
     python -m lab.attention_mass CHECKPOINT --lengths 512 2048 32768 --examples 32
 
 A single needle lies in the middle of real text; the queries are those of the question and its
 answer ("qc"), and the keys fall into four segments: the first ten tokens, the needle, the question
-and answer, and all else. Weights are averaged over those queries and over heads and layers; in a
-hybrid over the RoPE and the NoPE layers apart too. Only the rows of the qc queries are ever written
-out, so that a long context fits in memory. Writes OUT.csv, OUT-heads.csv and OUT.png.
+and answer, and all else. Averages are over those queries, heads and layers; in a hybrid over the
+RoPE and the NoPE layers apart too. Writes OUT.csv, OUT-heads.csv and OUT.png.
 """
 
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,10 +35,8 @@ RECENT = 32  # nearest keys, the query's own included: what a head of recency re
 BINS, FIRST, LAST = 40, 10, 0.97
 
 
-@dataclass(frozen=True)
-class Mass:
-    """What one checkpoint's queries spend at one length, over all layers or those of a kind: the
-    four masses sum to 1."""
+class Mass(NamedTuple):
+    """What one checkpoint's queries spend at one length; the four masses sum to 1."""
 
     checkpoint: str
     length: int  # tokens
@@ -56,8 +52,7 @@ class Mass:
     entropy_share: float  # divided by log2 of the keys that a query sees
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """One head at one length: what tells a head that retrieves from one that attends nearby."""
 
     checkpoint: str
@@ -92,7 +87,7 @@ def spent(
     bins = (k_pos[inside] - FIRST) * BINS // max(end - FIRST, 1)
     summed = w.new_zeros(BINS).index_add(0, bins, w[..., inside].mean((0, 1)))
     shares["density"] = summed / ((end - FIRST) / BINS) * length
-    return shares
+    return {name: share.cpu() for name, share in shares.items()}
 
 
 @torch.inference_mode()
@@ -116,9 +111,7 @@ def measure(
     """Masses by kind of layer (all, and in a hybrid each), heads, and densities (BINS) by kind."""
     hidden = cell_examples(needles, "single", length, 0.5, examples, seed)
     made = [default_collate(example_spent(model, example)) for example in hidden]
-    values = {
-        key: value.cpu() for key, value in default_collate(made).items()
-    }  # (example layer ..)
+    values = default_collate(made)  # (example layer ..)
 
     rope = torch.tensor([spec.rope for spec in model.plan])
     kinds = {"all": torch.ones_like(rope), "RoPE": rope, "NoPE": ~rope}
@@ -129,7 +122,6 @@ def measure(
         means = {key: values[key][:, of].mean().item() for key in COLUMNS}
         error = mean_and_error(values["needle"][:, of].mean((1, 2)).numpy())[1]
         masses.append(Mass(name, length, kind, examples, needle_error=error, **means))
-
     heads = []
     needle, recent = values["needle"].mean(0), values["recent"].mean(0)  # (layer h)
     for (i, spec), j in product(enumerate(model.plan), range(model.config.n_head)):
@@ -140,34 +132,8 @@ def measure(
     return masses, heads, {kind: density[of].mean(0) for kind, of in kinds.items()}
 
 
-def table(masses: list[Mass]) -> str:
-    """A row a checkpoint, length and kind of layer."""
-    width = max(len(mass.checkpoint) for mass in masses)
-    text = " " * width + "   length  layers" + "".join(f"{name:>14}" for name in COLUMNS)
-    for mass in masses:
-        text += f"\n{mass.checkpoint:<{width}}  {mass.length:>7,}  {mass.layers:<6}"
-        text += "".join(f"{getattr(mass, name):>14.4f}" for name in COLUMNS)
-    return (
-        f"{text}\nmasses sum to 1; recent: the {RECENT} nearest keys; entropy in bits, and over "
-        f"log2 of the keys seen; {masses[0].examples} examples a length"
-    )
-
-
-def head_map(heads: list[Head], count: int = 3) -> str:
-    """The heads of one checkpoint that hold most of the needle, and most of what is near."""
-    text = f"{heads[0].checkpoint}, {heads[0].length:,} tokens"
-    for key in ("needle", "recent"):
-        said = []
-        for head in sorted(heads, key=lambda head: -getattr(head, key))[:count]:
-            where = f"layer {head.layer} head {head.head} ({head.position}, {head.window or 'all'})"
-            said.append(f"{where} {getattr(head, key):.3f}")
-        text += f"\n  {key}  {', '.join(said)}"
-    return text
-
-
 def plot(masses: list[Mass], longest: list[tuple], out: Path) -> None:
-    """A row a checkpoint: masses by length, and of `longest`, what `measure` returned at the
-    longest length, the density and every head."""
+    """A row a checkpoint: masses by length; of `longest`, made by `measure`, density and heads."""
     names = grouped(masses, "checkpoint")
     figure, axes = report.figure_of(14, 0.4 + 3.1 * len(names), len(names), 3, squeeze=False)
     for (name, rows), (_, heads, densities), panels in zip(names.items(), longest, axes):
@@ -180,50 +146,44 @@ def plot(masses: list[Mass], longest: list[tuple], out: Path) -> None:
         bars.set(title=f"{name}\nattention mass of the qc queries", ylim=(0, 1))
         bars.tick_params(labelsize=7)
         bars.legend(fontsize=7, loc="lower right", framealpha=0.6)
-
         for kind, density in densities.items():
             line.plot((np.arange(BINS) + 0.5) / BINS, density.numpy(), label=kind)
         title = f"density over the context, {heads[0].length:,} tokens (even: 1)"
         line.set(title=title, xlabel="place in the context", yscale="log")
         line.legend(fontsize=7)
-
         for head in heads:
             color = "tab:orange" if head.position == "RoPE" else "tab:blue"
             place = (head.recent, head.needle)
             points.annotate(f"{head.layer}.{head.head}", place, color=color, ha="center")
-        points.set(title="heads (layer.head): RoPE orange, NoPE blue")
-        points.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+        title = "heads (layer.head): RoPE orange, NoPE blue"
+        points.set(title=title, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
         points.set(xlabel=f"mass on the {RECENT} nearest keys", ylabel="mass on the needle")
     figure.savefig(out, dpi=110)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = report.checkpoint_command("attention_mass", __doc__)
-    default = "tokens (default: 1, 4 and 16 times the trained length)"
-    parser.add_argument("--lengths", nargs="+", type=int, help=default)
     parser.add_argument("--examples", type=int, default=16, help="at every length (default: 16)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse(argv)
-    report.at_least(1, examples=args.examples)
-    report.at_least(0, seed=args.seed)
-    models, corpus = report.open_checkpoints(args)
-    lengths = report.lengths_of(args.lengths, (1, 4, 16), models, "--lengths")
+    models, corpus, lengths = report.open_checkpoints(args, (1, 4, 16))
     needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
     for length in lengths:  # ValueError before anything is measured
         list(cell_examples(needles, "single", length, 0.5, args.examples, args.seed))
-
     made = []
     for (name, model), length in report.progress(list(product(models.items(), lengths))):
         made.append(measure(model, needles, name, length, args.examples, args.seed))
     masses = [mass for rows, _, _ in made for mass in rows]
     heads = [head for _, found, _ in made for head in found]
-    longest = made[len(lengths) - 1 :: len(lengths)]  # of every checkpoint
     report.write_rows(heads, Path(f"{args.out}-heads.csv"))
-    maps = [head_map(found) for _, found, _ in longest]
-    draw = lambda rows, out: plot(rows, longest, out)
-    report.write(masses, args.out, draw, "\n".join([table(masses), "", *maps]))
+    longest = made[len(lengths) - 1 :: len(lengths)]  # of every checkpoint
+    text = f"masses sum to 1; recent: the {RECENT} nearest keys\n{report.listing(masses)}"
+    for key in ("needle", "recent"):
+        most = lambda head, key=key: -getattr(head, key)
+        best = [head for _, found, _ in longest for head in sorted(found, key=most)[:3]]
+        text += f"\n\nheads with most of the {key} mass\n{report.listing(best)}"
+    report.write(masses, args.out, lambda rows, out: plot(rows, longest, out), text)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ python -m lab.curves out/laptop-r64r64r64N-s1 out/laptop-R-s1 [--out curves.png]
 
 import json
 import math
+from collections import deque
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 
 from checkpoint import typed
 from commandline import CommandLine, guarded
-from lab.report import figure_of
+from lab.report import check_out, plot_lines
 from model import require
 
 PANELS = {
@@ -20,8 +23,7 @@ PANELS = {
 
 
 def read_log(run: Path) -> list[dict]:
-    """The entries of a run's log.jsonl. Raises OSError where there is none and ValueError where it
-    is damaged."""
+    """The entries of a run's log.jsonl; OSError where it is missing, ValueError where damaged."""
     path = run / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: give a run's folder, as train.py leaves them")
@@ -41,32 +43,25 @@ def read_log(run: Path) -> list[dict]:
 
 def plot(logs: dict[str, list[dict]], out: Path) -> None:
     """Against the step: training loss (running mean of 10), validation loss, needles."""
-    figure, axes = figure_of(13, 4, 1, 3)
-    for axis, (key, title) in zip(axes, PANELS.items()):
-        for name, entries in logs.items():
-            steps = [entry["step"] for entry in entries if key in entry]
-            values = [entry[key] for entry in entries if key in entry]
-            if key == "loss":
-                lately = [values[max(0, i - 9) : i + 1] for i in range(len(values))]
-                values = [sum(last) / len(last) for last in lately]
-            axis.plot(steps, values, marker="" if key == "loss" else ".", label=name)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    axes[2].set_ylim(-0.02, 1.02)
-    figure.savefig(out, dpi=120)
+    rows = []
+    for run, entries in logs.items():
+        lately = deque(maxlen=10)
+        for entry in entries:
+            if "loss" in entry:
+                lately.append(entry["loss"])
+                entry = entry | {"loss": fmean(lately)}
+            rows.append(SimpleNamespace(run=run, **entry))
+    plot_lines(rows, "step", "run", PANELS, out)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = CommandLine(prog="python -m lab.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="(curves.png)")
     args = parser.parse(argv)
     logs = {run.name: read_log(run) for run in args.runs}
-    if not args.out.parent.is_dir():
-        raise FileNotFoundError(f"{args.out.parent} is no folder: --out names a file in one")
+    check_out(args.out)
     plot(logs, args.out)
     for name, entries in logs.items():
         newest = {key: value for entry in entries for key, value in entry.items()}

@@ -31,8 +31,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Learned positions up to `length`, full causal attention in every layer, the output matrix
-    tied to the embeddings."""
+    """Learned positions up to `length`, full causal attention, tied embeddings."""
 
     def __init__(self, n_layer=12, n_head=12, d_model=768, vocab_size=50304, length=1024):
         super().__init__()
@@ -55,7 +54,6 @@ class GPT2(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.ndim == 2) - self.wpe.weight.numel()
 
     def flops_per_token(self, length: int) -> float:
-        """Training FLOPs of a token in sequences of `length`, visible pairs only, as
-        Transformer.flops_per_token counts them."""
+        """Training FLOPs of a token, as Transformer.flops_per_token counts them."""
         attention = 12 * self.wte.embedding_dim * len(self.layers) * visible_pairs(length) / length
         return 6 * self.matmul_parameters() + attention

@@ -1,15 +1,11 @@
-"""What happens beyond the trained length, and what extension recipes do about it:
-results/long-context.md.
+"""Beyond the trained length, and what extension recipes do about it: results/long-context.md.
 
     python -m lab.long_context                      every row (hours on two cores; can be cut off)
     python -m lab.long_context --only R rrrN        these base patterns, and what starts from them
     python -m lab.long_context --rates 0.006        one learning rate instead of the best of three
 
-A base run trains by recipes/laptop.toml (Nrrr: swan-laptop.toml, of eight layers) at each of the
-rates; the one that finds most needles in the run's own table at the trained length (then the lowest
-loss) is kept. Where it finds fewer than .8, the same is trained three times as long before anything
-is said about length. The rows' own needles are others. Every training and every row leaves a record
-in results/runs.jsonl (lab/runs.py).
+A base run trains by recipes/laptop.toml (Nrrr: swan-laptop.toml, of eight layers), as `best` of
+lab/runs.py chooses it; the rows' own needles are others. lab/long_context.toml has the words.
 """
 
 import math
@@ -21,33 +17,20 @@ from commandline import CommandLine, guarded
 from data.corpus import Corpus
 from data.prepare import open_corpus as default_corpus
 from lab import runs
-from lab.report import figure_of, length_axis
-from lab.reproduce import table
-from lab.runs import LEARNED, TASKS, Plan, best, extension, found, has_learned, record
-from model import require
+from lab.report import check_out, figure_of, length_axis, markdown
+from lab.runs import TASKS, Plan, best, found, has_learned, record
 
 TRAINED, LENGTHS = 512, (512, 1024, 2048, 4096, 8192)
-BASES = {  # name -> recipe, flags
-    "R": ("laptop", ("pattern", "R")),
-    "R QK-Norm": ("laptop", ("pattern", "R"), ("qk-norm", "")),
-    "N": ("laptop", ("pattern", "N")),
-    "RN": ("laptop", ("pattern", "RN")),
-    "rrrR": ("laptop", ("pattern", "rrrR")),
-    "rrrN": ("laptop", ("pattern", "rrrN")),
-    "Nrrr": ("swan-laptop",),
-}
-WORDS = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-REPORTED = tomllib.loads(WORDS)["reported"]  # by papers: which row finds more than which
-
-Row = tuple[str, dict]  # name, record
+PAGE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+BASES = PAGE["bases"]
 
 
-def rows(corpus: Corpus, names: list[str], rates: list[float]) -> Iterator[Row]:
+def rows(corpus: Corpus, names: list[str], rates: list[float]) -> Iterator[tuple[str, dict]]:
     """Every row, as they are made."""
     for name in names:
-        recipe, *flags = BASES[name]
+        (_, recipe), *flags = BASES[name].items()
         plan, made = best(recipe, tuple(flags), corpus, rates)
-        star = "" if has_learned(made, TRAINED) else " *"
+        star = "" if has_learned(made) else " *"
         for row, plan_of, treatment in rows_from(name, plan):
             yield row + star, record(plan_of, corpus, treatment)
 
@@ -62,7 +45,7 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
         yield "Nrrr, SWAN's scale", plan, {"length_scale": "swan"}
     if name == "N":
         yield "N, DroPE's scale", plan, {"length_scale": "drope"}
-    yield f"{name}, extended{raised}", extension(extended, plan), {}
+    yield f"{name}, extended{raised}", plan.extended(extended), {}
     if name == "rrrN":
         yield "rrrN, Llama 4's scale at evaluation", plan, {"length_scale": "llama4"}
         ssmax = Plan("ssmax-laptop", plan.with_flags(pattern="").flags)
@@ -73,9 +56,9 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
             if scaling == "yarn":
                 treatment["rope_original_length"] = TRAINED
             yield f"R, {scaling.upper()} at factor 4, untrained", plan, treatment
-            extended = extension(f"extend-laptop-{scaling}", plan)
+            extended = plan.extended(f"extend-laptop-{scaling}")
             yield f"R, extended with {scaling.upper()}", extended, {}
-        yield "R converted to rrrN", extension("convert-laptop", plan), {}
+        yield "R converted to rrrN", plan.extended("convert-laptop"), {}
         # At the recipe's own rates: its last phase sets one.
         stretch = tuple(flag for flag in plan.flags if flag[0] == "stretch")
         dropped = Plan("drope-laptop", stretch)
@@ -83,29 +66,17 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
         yield "R, dropped at the end, its scale", dropped, {"length_scale": "drope"}
 
 
-def page(made: list[Row], rates: list[float], picture: str) -> str:
+def page(made: list[tuple[str, dict]], rates: list[float], picture: str) -> str:
     """Markdown: how it was made, and a table a task."""
-    first = made[0][1]
-    paragraphs = [
-        "# Long context",
-        "Needles on held-out text with held-out keys and values, one seed, "
-        f"{len(made)} rows, as `python -m lab.long_context` prints them: exact match ± standard "
-        "error / likelihood against seven wrong answers (chance .125). Trained length "
-        f"{TRAINED}; rates tried: {', '.join(map(str, rates))}. Corpus {first['corpus']}, torch "
-        f"{first['torch']}.\n"
-        f"Rows marked * come from a base run that found fewer than {LEARNED} in its own table at "
-        f"{TRAINED} (four asked among eight), three times the steps included: it had not learned "
-        "that, and they say nothing about length, but for a task whose own column at "
-        f"{TRAINED} is high all the same.",
-        f"![exact match against context length, before and after extension]({picture})",
-    ]
+    paragraphs = [PAGE["how"].format(n=len(made), rates=", ".join(map(str, rates)), **made[0][1])]
+    paragraphs += [f"![exact match against context length, before and after extension]({picture})"]
     for task in TASKS:
         rows = []
         for name, entry in made:
             cells = [found(entry, task, n) for n in LENGTHS]
             shown = "{exact:.2f} ± {exact_error:.2f} / {likelihood:.2f}".format_map
             rows.append([name, *map(shown, cells)])
-        paragraphs += [f"## {task}", table(["", *(f"{n:,}" for n in LENGTHS)], rows)]
+        paragraphs += [f"## {task}", markdown(["", *(f"{n:,}" for n in LENGTHS)], rows)]
     paragraphs += ["## What others report, and what is seen here", reported(made)]
     ways = []
     for name, entry in made:
@@ -115,15 +86,15 @@ def page(made: list[Row], rates: list[float], picture: str) -> str:
             nats = f"{entry['val_loss']:.3f} nats per token at {longest:,} tokens"
             how = f" ({entry['seconds']:.0f} s, {nats})"
         ways.append(f"- {name}: `{entry['plan']}`{how}")
-    return "\n\n".join([*paragraphs, "## How each was made", "\n".join(ways)]) + "\n"
+    paragraphs += ["## How each was made", "\n".join(ways)]
+    return "\n\n".join(paragraphs).replace("  |", " |") + "\n"  # an empty cell is one space
 
 
-def reported(made: list[Row]) -> str:
-    """Each of REPORTED beside what was found: "shown" where the difference exceeds two standard
-    errors, "reversed" likewise."""
+def reported(made: list[tuple[str, dict]]) -> str:
+    """What papers report, and what was found: a difference counts beyond two standard errors."""
     entries = {name.rstrip(" *"): (entry, name) for name, entry in made}
     rows = []
-    for row in REPORTED:
+    for row in PAGE["reported"]:
         pair = [row["more"], row["less"]]
         if not entries.keys() >= set(pair):
             continue
@@ -137,12 +108,11 @@ def reported(made: list[Row]) -> str:
             word = ("shown" if difference > 0 else "reversed") if clear else "not shown"
             cells.append(f"{x['exact']:.2f} against {y['exact']:.2f}: {word}")
         rows.append([row["says"], "; ".join(pair) + stars, f"{row['tokens']:,}", *cells])
-    return table(["reported", "rows", "tokens", *TASKS], rows)
+    return markdown(["reported", "rows", "tokens", *TASKS], rows)
 
 
-def plot(made: list[Row], out: Path) -> None:
-    """Exact match against length, a panel a task: a colour a base run, dashed what it was extended
-    to."""
+def plot(made: list[tuple[str, dict]], out: Path) -> None:
+    """Exact match by length, a panel a task, a colour a base run, dashed what it extended to."""
     figure, axes = figure_of(13, 4.6, 1, len(TASKS))
     for axis, task in zip(axes, TASKS):
         for i, base in enumerate(BASES):
@@ -160,20 +130,14 @@ def plot(made: list[Row], out: Path) -> None:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = CommandLine(prog="python -m lab.long_context", description=__doc__)
-    bases = {"nargs": "+", "default": list(BASES), "metavar": "PATTERN"}
+    bases = {"nargs": "+", "choices": BASES, "default": list(BASES), "metavar": "PATTERN"}
     parser.add_argument("--only", **bases, help=f"of {', '.join(BASES)}")
     runs.add_rates(parser)
     out = Path("results/long-context")
     parser.add_argument("--out", type=Path, default=out, help="OUT.md and OUT.png")
     args = parser.parse(argv)
-    for name in args.only:
-        known = ", ".join(map(repr, BASES))
-        require(name in BASES, f"--only {name!r} is unknown: use some of {known}")
-    if not args.out.parent.is_dir():
-        missing = f"{args.out.parent} is no folder"
-        raise FileNotFoundError(f"{missing}: --out begins with one that exists")
+    check_out(Path(f"{args.out}.md"))
     made = []
     for name, entry in rows(default_corpus(), args.only, args.rates):
         made.append((name, entry))

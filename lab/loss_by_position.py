@@ -1,16 +1,15 @@
 """Does a longer context help? The loss of the same last 128 tokens under contexts of growing
 length, far beyond the trained one.
 
-    python -m lab.loss_by_position out/laptop-R-s1/last out/laptop-r64r64r64N-s1/last
     python -m lab.loss_by_position CHECKPOINT --contexts 512 8192 --windows 200
 
 Each window ends inside a document of the validation text that reaches back over the longest
 context, so that every context is the targets' own. Prints nats per token; writes OUT.csv, OUT.png.
 """
 
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +19,12 @@ from commandline import guarded
 from engine import fill
 from evaluate import mean_and_error
 from lab import report
-from lab.report import distinct, grouped
 from model import Transformer, require
 
 TARGETS = 128  # tokens, the last of every window
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A checkpoint's loss under one context."""
 
     checkpoint: str
@@ -55,8 +52,7 @@ def windows(ids: np.ndarray, eot: int, longest: int, count: int) -> list[tuple[i
 
 @torch.inference_mode()
 def loss(model: Transformer, ids: np.ndarray, end: int, context: int, eot: int) -> float:
-    """Mean nats of ids[end - TARGETS : end] when `context` tokens, end-of-text first, lead up to
-    the last."""
+    """Mean nats of ids[end - TARGETS : end], `context` tokens with end-of-text first before."""
     text = np.concatenate(([eot], ids[end - context : end])).astype(np.int64)
     sequence = torch.from_numpy(text).to(model.embed_tokens.weight.device)
     cache = model.new_cache(1, context)
@@ -67,44 +63,27 @@ def loss(model: Transformer, ids: np.ndarray, end: int, context: int, eot: int) 
 
 def table(points: list[Point]) -> str:
     """A row a context, a column a checkpoint."""
-    text = "   context  " + "  ".join(f"{name:>18}" for name in distinct(points, "checkpoint"))
-    for context, row in grouped(points, "context").items():
-        text += f"\n{context:>10,}"
-        for point in row:
-            width = max(18, len(point.checkpoint))
-            text += f"  {f'{point.nats:.4f} ± {point.error:.4f}':>{width}}"
+    said = lambda points: f"{points[0].nats:.4f} ± {points[0].error:.4f}"
+    text = report.pivot(points, "context", "checkpoint", said)
     size = f"over {points[0].windows} windows from {points[0].documents} documents"
     return f"{text}\nnats per token of the last {TARGETS} tokens, ± standard error {size}"
 
 
 def plot(points: list[Point], out: Path) -> None:
     """Loss against context, a line a checkpoint."""
-    figure, axis = report.figure_of(6.4, 3.8)
-    for name, of in grouped(points, "checkpoint").items():
-        line = zip(*[(point.context, point.nats, point.error) for point in of])
-        axis.errorbar(*line, marker=".", capsize=2, label=name)
-    report.length_axis(axis, distinct(points, "context"))
-    axis.set(ylabel=f"loss of the last {TARGETS} tokens, nats")
-    axis.legend(fontsize=8)
-    figure.savefig(out, dpi=120)
+    panels = {"nats": f"loss of the last {TARGETS} tokens, nats"}
+    report.plot_lines(points, "context", "checkpoint", panels, out, lengths=True)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    parser = report.checkpoint_command("loss_by_position", __doc__)
-    default = "tokens (default: 128, 256, ... to 16 times the trained length)"
-    parser.add_argument("--contexts", nargs="+", type=int, help=default)
+    parser = report.checkpoint_command("loss_by_position", __doc__, "--contexts")
     parser.add_argument("--windows", type=int, default=100)
     args = parser.parse(argv)
-    report.at_least(1, windows=args.windows)
-    models, corpus = report.open_checkpoints(args)
-    contexts = report.lengths_of(args.contexts, [16], models, "--contexts")
-    if args.contexts is None:
-        contexts = [TARGETS * 2**i for i in range(32) if TARGETS * 2**i <= contexts[0]]
-    least = min(contexts)
-    require(least >= TARGETS, f"--contexts {least} must be at least the {TARGETS} targets")
-
+    models, corpus, contexts = report.open_checkpoints(args, [2.0**i for i in range(-2, 5)])
+    if args.lengths is None:
+        contexts = sorted({max(n, TARGETS) for n in contexts})
+    report.at_least(TARGETS, contexts=min(contexts))
     eot = corpus.tokenizer.eot_token
     chosen = windows(corpus.val, eot, contexts[-1], args.windows)
     documents = len({document for document, _ in chosen})

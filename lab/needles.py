@@ -1,18 +1,16 @@
 """Needles by length and depth: exact match, and the right answer's likelihood against seven wrong
 ones (chance 1/8).
 
-    python -m lab.needles out/laptop-R-s1/last out/laptop-r64r64r64N-s1/last
     python -m lab.needles CHECKPOINT --task single multi-key --lengths 512 4096 --depths 0 0.5 1
     python -m lab.needles CHECKPOINT --set pattern=rrrR          what if NoPE layers were RoPE ones?
 
-The tasks are RULER's (2404.06654) in small: data/needles.py says what each hides and asks. Prints a
-heat map (rows are depths) and, for several checkpoints, a comparison; writes OUT.csv and OUT.png.
+The tasks are RULER's (2404.06654) in small, see data/needles.py. Writes OUT.csv and OUT.png.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +20,13 @@ from data.needles import TASKS, Example, Needles
 from engine import prefill
 from evaluate import TIMES, mean_and_error
 from lab import report
-from lab.report import distinct, grouped
+from lab.report import grouped, heading
 from model import Transformer, require
 
 SHADES = " ░▒▓█"
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One checkpoint on one task at one length and depth. Errors are standard errors over examples
     (their answers share a context)."""
 
@@ -71,108 +68,82 @@ def score(model: Transformer, example: Example) -> tuple[float, float]:
 def cell_examples(
     needles: Needles, task: str, length: int, depth: float | None, count: int, seed: int
 ) -> Iterator[Example]:
-    """The examples of a cell, the same for every checkpoint, others in every cell. Raises
-    ValueError where one does not fit."""
+    """A cell's examples, the same for every checkpoint. ValueError where one does not fit."""
     cell = [seed, length] if depth is None else [seed, length, round(1000 * depth) + 1]
     for i in range(count):
         yield needles.task(task, np.random.default_rng([*cell, i]), length, depth)
 
 
 def measure(model: Transformer, needles: Needles, name: str, *cell) -> Cell:
-    """A cell, scored: `cell` is task, length, depth, examples and seed, as `cell_examples` has
-    them."""
+    """A cell, scored: task, length, depth, examples and seed, as `cell_examples` has them."""
     scores = [score(model, example) for example in cell_examples(needles, *cell)]
     exact, likely = zip(*scores)
     return Cell(name, *cell[:4], *mean_and_error(exact), *mean_and_error(likely))
 
 
-def percent(depth: float | None) -> str:
-    """A depth in words."""
-    return "any" if depth is None else f"{depth:.0%}"
+def mean(cells: list[Cell]) -> str:
+    """Means over cells, and the standard error of the exact match."""
+    exact, likely = np.mean([(cell.exact, cell.likelihood) for cell in cells], axis=0)
+    error = np.linalg.norm([cell.exact_error for cell in cells]) / len(cells)
+    shade = SHADES[round(exact * (len(SHADES) - 1))] * 2
+    return f"{shade} {exact:.2f} ± {error:.2f} / {likely:.2f}"
 
 
-def heat_map(cells: list[Cell]) -> str:
-    """One checkpoint on one task: a row a depth, a column a length."""
-    title = "exact / likelihood by the depth of the needle asked first"
-    text = f"{cells[0].checkpoint}, {cells[0].task}: {title}\n  depth "
-    text += "".join(f"{n:>16,}" for n in distinct(cells, "length"))
-    for depth, row in grouped(cells, "depth").items():
-        text += f"\n  {percent(depth):>5} "
-        for cell in row:
-            shade = SHADES[round(cell.exact * (len(SHADES) - 1))] * 2
-            text += f"   {shade} {cell.exact:.2f} / {cell.likelihood:.2f}"
-    return text
-
-
-def comparison(cells: list[Cell]) -> str:
-    """A row a task and checkpoint, a column a length: means over depths, with the standard error of
-    the exact match."""
-    width = max(len(cell.checkpoint) for cell in cells)
-    text = "exact ± error / likelihood, over all depths\n" + " " * (width + 20)
-    text += "".join(f"{n:>20,}" for n in distinct(cells, "length"))
+def text(cells: list[Cell]) -> str:
+    """By task: each checkpoint's heat map, a row a depth, and the checkpoints beside each other."""
+    maps, title = [], "exact ± error / likelihood"
     for task, of_task in grouped(cells, "task").items():
-        for name, row in grouped(of_task, "checkpoint").items():
-            text += f"\n{name:<{width}}  {task:<18}"
-            for of in grouped(row, "length").values():
-                exact, likely = np.mean([(cell.exact, cell.likelihood) for cell in of], axis=0)
-                error = np.linalg.norm([cell.exact_error for cell in of]) / len(of)
-                text += f"{f'{exact:.2f} ± {error:.2f} / {likely:.2f}':>20}"
-    return text
+        for name, of in grouped(of_task, "checkpoint").items():
+            by_depth = report.pivot(of, "depth", "length", mean)
+            maps.append(
+                f"{name}, {task}: {title} by the depth of the needle asked first\n{by_depth}"
+            )
+        beside = report.pivot(of_task, "checkpoint", "length", mean)
+        maps.append(f"{task}: {title}, over all depths\n{beside}")
+    return "\n\n".join(maps)
 
 
 def plot(cells: list[Cell], out: Path) -> None:
     """A heat map of exact match for each task (rows) and checkpoint (columns)."""
-    columns, rows = (len(distinct(cells, field)) for field in ("checkpoint", "task"))
+    columns, rows = (len(grouped(cells, field)) for field in ("checkpoint", "task"))
     size = 1 + 3.4 * columns, 0.6 + 2.2 * rows
     figure, axes = report.figure_of(*size, rows, columns, squeeze=False)
     for line, (task, of_task) in zip(axes, grouped(cells, "task").items()):
         for axis, (name, of) in zip(line, grouped(of_task, "checkpoint").items()):
-            depths, lengths = grouped(of, "depth"), distinct(of, "length")
+            depths, lengths = grouped(of, "depth"), grouped(of, "length")
             exact = [[cell.exact for cell in row] for row in depths.values()]
             axis.imshow(exact, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-            axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45)
-            axis.set_yticks(range(len(depths)), map(percent, depths))
+            axis.set_xticks(range(len(lengths)), map(heading, lengths), rotation=45)
+            axis.set_yticks(range(len(depths)), map(heading, depths))
             axis.set_title(f"{name}\n{task}", fontsize=8)
     figure.savefig(out, dpi=120)
 
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = report.checkpoint_command("needles", __doc__)
     add = parser.add_argument
     tasks = ["single", "multi-key"]
     add("--task", nargs="+", default=tasks, help=f"of {', '.join(TASKS)} (default: {tasks})")
-    add("--lengths", nargs="+", type=int, help="tokens (default: .5 to 16 x the trained length)")
     depths = "0 is the beginning, 1 just before the question"
     add("--depths", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1], help=depths)
     add("--examples", type=int, default=8, help="in every cell (default: 8)")
     add("--seed", type=int, default=1)
     args = parser.parse(argv)
-    report.at_least(1, examples=args.examples)
-    report.at_least(0, seed=args.seed)
     for depth in args.depths:
         inside = 0 <= depth <= 1
         require(inside, f"--depths {depth}: a depth is between 0 (the beginning) and 1 (the end)")
-    models, corpus = report.open_checkpoints(args)
+    models, corpus, lengths = report.open_checkpoints(args, TIMES)
     needles = Needles(corpus.tokenizer, corpus.val, evaluation=True)
-
     wanted = []
-    lengths = report.lengths_of(args.lengths, TIMES, models, "--lengths")
     for task, length in product(dict.fromkeys(args.task), lengths):
         depths = [None] if task == "aggregation" else dict.fromkeys(args.depths)
         wanted += [(task, length, depth, args.examples, args.seed) for depth in depths]
     for cell in wanted:
         list(cell_examples(needles, *cell))  # ValueError before anything is measured
-
     every = report.progress(list(product(models.items(), wanted)))
     cells = [measure(model, needles, name, *cell) for (name, model), cell in every]
-    maps = [
-        heat_map(of)
-        for row in grouped(cells, "checkpoint").values()
-        for of in grouped(row, "task").values()
-    ]
-    report.write(cells, args.out, plot, "\n\n".join([*maps, comparison(cells)]))
+    report.write(cells, args.out, plot, text(cells))
 
 
 if __name__ == "__main__":

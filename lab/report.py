@@ -3,10 +3,13 @@
 import csv
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 from tqdm import tqdm
 
 from checkpoint import read_json
@@ -16,45 +19,58 @@ from data.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer, require
 from recipe import TREATMENT, parsed
 
+progress = partial(tqdm, leave=False, disable=None)  # a bar where the output is a terminal
+LEARNED = 0.8  # exact match at the trained length; below, a run says nothing about length
 
-def checkpoint_command(name: str, description: str) -> CommandLine:
-    """The command lab.`name` over checkpoints: their folders, --set, --data, --device and --out."""
+
+def checkpoint_command(name: str, description: str, flag="--lengths") -> CommandLine:
+    """The command lab.`name` over checkpoints: what to measure, at which lengths, and where to."""
     parser = CommandLine(prog=f"python -m lab.{name}", description=description)
-    add = parser.add_argument
-    out = name.replace("_", "-")
+    add, out = parser.add_argument, name.replace("_", "-")
+    treated = "positions treated otherwise: pattern=rrrR rope_theta=2e6"
+    several = {"nargs": "+", "action": "extend", "default": [], "metavar": "FIELD=VALUE"}
     add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
-    what = "positions treated otherwise: pattern=rrrR rope_theta=2e6"
-    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=what)
+    add("--set", **several, help=treated)
     add("--data", type=Path, help="a corpus (default: the run's own)")
+    lengths = {"nargs": "+", "type": int, "dest": "lengths", "metavar": "TOKENS"}
+    add(flag, **lengths, help="default: up to 16 times the trained length")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--out", type=Path, default=Path(out), help=f"OUT.csv, OUT.png (default: {out})")
     return parser
 
 
-def open_checkpoints(args: Namespace) -> tuple[dict[str, Transformer], Corpus]:
-    """The models of such a command under --set, by path and settings, and the corpus to measure all
-    of them on: --data, else the runs' own, else the default. OSError or ValueError: where --out
-    cannot be written, runs with different corpora, or a corpus with another tokenizer, included."""
+def open_checkpoints(
+    args: Namespace, times: Sequence[float]
+) -> tuple[dict[str, Transformer], Corpus, list[int]]:
+    """The models of such a command under --set, by path and settings; the corpus to measure all of
+    them on: --data, else the runs' own, else the default; and growing lengths: those given, else so
+    many times the shortest trained one. OSError or ValueError where anything cannot be so."""
+    for name, value in vars(args).items():
+        if type(value) is int:
+            at_least(0 if name == "seed" else 1, **{name: value})
     device, _ = choose_device(args.device)
     models = {}
     for path in args.checkpoints:
         model = Transformer.from_pretrained(path, device)
         model.config = what_if(model.config, args.set)
         models[" ".join([str(path), *args.set])] = model
-
     wanted = {args.data or corpus_of(path) for path in args.checkpoints}
-    corpora = [load_corpus(folder) for folder in wanted]
-    folders = ", ".join(sorted(str(corpus.folder) for corpus in corpora))
-    one = len({corpus.hash for corpus in corpora}) == 1
+    corpus, *others = [load_corpus(folder) for folder in wanted]
+    folders = ", ".join(sorted(str(each.folder) for each in (corpus, *others)))
+    one = {each.hash for each in others} <= {corpus.hash}
     require(one, f"these runs have different corpora ({folders}): choose one with --data")
     for path in args.checkpoints:
-        same = load_tokenizer(path).hash == corpora[0].tokenizer.hash
-        differ = (
-            f"the checkpoint {path} and the corpus {corpora[0].folder} have different tokenizers"
-        )
+        same = load_tokenizer(path).hash == corpus.tokenizer.hash
+        differ = f"the checkpoint {path} and the corpus {corpus.folder} have different tokenizers"
         require(same, f"{differ}: give the checkpoint's own corpus with --data")
-    check_out(args.out)
-    return models, corpora[0]
+    lengths = args.lengths
+    if lengths is None:
+        trained = {name: model.config.trained_length for name, model in models.items()}
+        for name, length in trained.items():
+            require(length, f"{name} does not say its trained length: say at which to measure")
+        lengths = [int(factor * min(trained.values())) for factor in times]
+    check_out(Path(f"{args.out}.csv"))
+    return models, corpus, sorted(set(lengths))
 
 
 def what_if(config: ModelConfig, settings: list[str]) -> ModelConfig:
@@ -87,17 +103,9 @@ def corpus_of(checkpoint: Path) -> Path:
         raise ValueError(f"{record} is damaged ({error}): name the corpus with --data") from None
 
 
-def lengths_of(
-    given: list[int] | None, times: Sequence[float], models: dict[str, Transformer], flag: str
-) -> list[int]:
-    """The lengths given with a flag, in tokens, else so many times the shortest trained length:
-    growing. ValueError where a model does not say its own."""
-    if given is None:
-        trained = [model.config.trained_length for model in models.values()]
-        for name, length in zip(models, trained):
-            require(length is not None, f"{name} does not say its trained length: give {flag}")
-        given = [int(factor * min(trained)) for factor in times]
-    return sorted(set(given))
+def trained_length(recipe: dict) -> int:
+    """The longest length of a recipe's phases, in tokens."""
+    return max(int(length) for phase in recipe["phase"] for length in phase["lengths"])
 
 
 def at_least(least: int, **values: int) -> None:
@@ -107,29 +115,20 @@ def at_least(least: int, **values: int) -> None:
         require(value >= least, f"{flag} {value} must be at least {least}")
 
 
-def progress(items: Iterable, total: int | None = None) -> Iterable:
-    """The items, with a bar where the output is a terminal."""
-    return tqdm(items, total=total, leave=False, disable=None)
-
-
-def check_out(out: Path) -> None:
-    """OSError where OUT.csv cannot be written: before anything is measured, not after. Leaves no
-    file behind."""
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out.parent} is no folder: --out begins with one that exists")
-    path = Path(f"{out}.csv")
-    is_new = not path.exists()
-    path.open("a").close()
+def check_out(file: Path) -> None:
+    """OSError where a file cannot be written; leaves none behind."""
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file.parent} is no folder: --out begins with one that exists")
+    is_new = not file.exists()
+    file.open("a").close()
     if is_new:
-        path.unlink()
+        file.unlink()
 
 
 def write_rows(rows: list, path: Path) -> None:
-    """A CSV with a line for each of `rows`, dataclasses of one kind."""
+    """A CSV with a line for each of `rows`, named tuples of one kind."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
+        csv.writer(file).writerows([rows[0]._fields, *rows])
 
 
 def write(rows: list, out: Path, plot: Callable, text: str) -> None:
@@ -147,9 +146,20 @@ def grouped(rows: Iterable, field: str) -> dict:
     return groups
 
 
-def distinct(rows: Iterable, field: str) -> list:
-    """The values of a field, each once, in order."""
-    return list(grouped(rows, field))
+def heading(value) -> str:
+    """A field's value at the head of a row or column: tokens, a share, a name, or None."""
+    if value is None:
+        return "any"
+    return format(value, {float: ".0%", int: ","}.get(type(value), ""))
+
+
+def pivot(rows: Iterable, down: str, across: str, cell: Callable[[list], str]) -> str:
+    """A table for a terminal: a line for each value of a field, a column for each of another, and
+    there what `cell` says of the rows that have both."""
+    lines = [[down, *map(heading, grouped(rows, across))]]
+    for value, line in grouped(rows, down).items():
+        lines.append([heading(value), *map(cell, grouped(line, across).values())])
+    return aligned(lines)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -158,12 +168,47 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal, its columns flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def listing(rows: list) -> str:
+    """The same of named tuples of one kind: all their fields."""
+    said = lambda value: f"{value:.4g}" if isinstance(value, float) else heading(value)
+    return aligned([rows[0]._fields, *([said(value) for value in row] for row in rows)])
+
+
 def figure_of(width: float, height: float, *shape: int, **options):
     """A matplotlib figure, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(*shape, **options)
+
+
+def plot_lines(rows: list, x: str, line: str, panels: dict, out: Path, lengths=False) -> None:
+    """A PNG: a panel a field, with its title; a line for each value of `line`, through the means of
+    rows that share an x, within their range, give or take their `error`."""
+    figure, drawn = figure_of(3 + 3.2 * len(panels), 3.8, 1, len(panels), squeeze=False)
+    for axis, (field, title) in zip(drawn[0], panels.items()):
+        for name, of in grouped(rows, line).items():
+            points = grouped((row for row in of if hasattr(row, field)), x)
+            values = [[getattr(row, field) for row in same] for same in points.values()]
+            errors = [max(getattr(row, "error", 0) for row in same) for same in points.values()]
+            low, high = (list(map(end, values)) for end in (min, max))
+            (mean,) = axis.plot(list(points), list(map(fmean, values)), marker=".", label=name)
+            band = np.subtract(low, errors), np.add(high, errors)
+            axis.fill_between(list(points), *band, color=mean.get_color(), alpha=0.15)
+        axis.set(title=title, xlabel=x)
+        axis.grid(alpha=0.3)
+        if lengths:
+            length_axis(axis, list(grouped(rows, x)))
+        if "exact" in title:  # a share
+            axis.set_ylim(-0.03, 1.03)
+    drawn[0, -1].legend(fontsize=8)
+    figure.savefig(out, dpi=120)
 
 
 def length_axis(axis, lengths: Sequence[int]) -> None:

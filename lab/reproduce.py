@@ -1,345 +1,220 @@
 """Every claim of the paper, re-enacted: trains what is missing, measures, and writes a report with
-a verdict for each.
+a verdict for each. lab/claims.toml says what each claim compares.
 
     python -m lab.reproduce                      three seeds at laptop scale; hours on two cores
     python -m lab.reproduce --seeds 1 --only 8   the central claim alone
     python -m lab.reproduce --scale gpu          30M parameters on one GPU
 
-Writes results/reproduce-<scale>/report.md and retrieval.png (with --only: report-8.md, ...), from
-the records of results/runs.jsonl, and makes those that are missing (lab/runs.py), so that nothing
-is trained twice and a command that was cut off goes on. lab/claims.toml has the claims' words.
+Writes results/reproduce-<scale>/report.md and retrieval.png (with --only: report-8.md, ...) from
+the records of lab/runs.py, so that a command that was cut off goes on.
 """
 
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy import ndarray
 
 from commandline import CommandLine, guarded
 from data.corpus import Corpus, load_corpus
 from data.prepare import open_corpus as default_corpus
 from evaluate import mean_and_error
-from lab import cost, runs
-from lab.report import at_least, figure_of, length_axis, markdown
-from lab.runs import HERE, LEARNED, TASKS, TIMES, Plan, extension, found, has_learned
-from model import ModelConfig, Transformer
+from lab import runs, speed
+from lab.report import LEARNED, at_least, figure_of, length_axis, markdown, trained_length
+from lab.runs import HERE, TASKS, TIMES, Plan, found, has_learned
 
 RESULTS = HERE / "results"
 WORDS = tomllib.loads((Path(__file__).parent / "claims.toml").read_text(encoding="utf-8"))
+CLAIMS = {int(name): claim for name, claim in WORDS.items() if name.isdigit()}
+SCALES, VARIANTS, DEEP = (WORDS[key] for key in ("scales", "flags", "deep"))
 MARGIN = 0.02  # of "no worse"
-VARIANTS = {  # name -> flags
-    "R": (("pattern", "R"),),
-    "QK-Norm": (("pattern", "R"), ("qk-norm", "")),
-    "N": (("pattern", "N"),),
-    "RN": (("pattern", "RN"),),
-    "rrrN": (("pattern", "rrrN"),),
-}
-# Windowed to full layers -> variant of eight layers: its pattern, at rrrN's learning rate.
-DEEP = {"1:1": "rN x8", "3:1": "rrrN x8", "7:1": "rrrrrrrN x8"}
 
-
-@dataclass(frozen=True)
-class Scale:
-    """Where a reproduction runs: recipes, and the lengths in tokens that they train."""
-
-    base: str
-    extend: str  # positions untouched
-    extend_rope: str  # theta raised
-    trained: int
-    extended: int
-    deep: tuple = (("n-layer", "8"),)
-
-
-SCALES = {
-    "laptop": Scale("laptop", "extend-laptop", "extend-laptop-rope", 512, 2048),
-    "gpu": Scale("gpu-base", "extend-gpu", "extend-gpu-rope", 2048, 16384, deep=()),
-}
-
-
-# ------------------------------------------------------------------------------------------------
-# What is measured, by variant and seed
+# What is measured, by variant and seed ------------------------------------------------------------
 
 
 @dataclass
 class Lab:
     """Runs of every variant and seed, made when they are first asked for."""
 
-    scale: Scale
+    scale: str
     corpus: Corpus
     seeds: list[int]
     rates: Sequence[float] = runs.RATES
-    chosen: dict[str, tuple[Plan, bool]] = field(default_factory=dict)  # see `choose`
+    chosen: dict[str, Plan] = field(default_factory=dict)  # see `choose`
     second: set[str] = field(default_factory=set)  # variants whose second stage was asked for
 
-    @property
-    def lengths(self) -> list[int]:
-        """At which needles are asked for, in tokens."""
-        return [times * self.scale.trained for times in TIMES]
+    def __post_init__(self):
+        self.recipes = SCALES[self.scale]
+        base, extend = (Plan(self.recipes[name]).toml for name in ("base", "extend"))
+        self.trained, self.extended_to = map(trained_length, (base, extend))
+        self.lengths = [times * self.trained for times in TIMES]  # at which needles are asked for
+        self.longest = self.lengths[-1]
+        self.window = base["model"]["window"]  # of the windowed variants' training
+        self.n_layer = base["model"]["n_layer"]
 
-    @property
-    def longest(self) -> int:
-        """The last of them."""
-        return self.lengths[-1]
+    def run(self, plan: Plan) -> dict:
+        """The record of a run's own figures."""
+        return runs.record(plan, self.corpus, what="run")
 
-    @property
-    def window(self) -> int:
-        """Of the windowed variants' training."""
-        return Plan(self.scale.base).toml["model"]["window"]
-
-    def record(self, plan: Plan, **more) -> dict:
-        """See lab.runs."""
-        return runs.record(plan, self.corpus, trained_at=self.scale.trained, **more)
-
-    def choose(self, variant: str) -> tuple[Plan, bool]:
-        """The variant's run of seed 1 and whether it learned; where it never did, the unstretched
-        one, which other seeds then repeat."""
+    def choose(self, variant: str) -> Plan:
+        """The variant's run of seed 1; where it never learned, the unstretched one."""
         if variant not in self.chosen:
-            scale, rates = self.scale, self.rates
-            flags = VARIANTS.get(variant)
+            flags, rates = VARIANTS.get(variant), self.rates
             if flags is None:
-                rates = [self.choose("rrrN")[0].rate]
-                flags = (("pattern", variant.removesuffix(" x8")), *scale.deep)
-            plan, made = runs.best(scale.base, flags, self.corpus, rates, scale.trained)
-            learned = has_learned(made, scale.trained)
-            self.chosen[variant] = (plan if learned else plan.with_flags(stretch="")), learned
+                rates = [self.choose("rrrN").rate]
+                flags = {"pattern": variant.removesuffix(" x8")}
+                flags |= {"n-layer": "8"} if self.n_layer != 8 else {}
+            base = self.recipes["base"]
+            plan, made = runs.best(base, tuple(flags.items()), self.corpus, rates)
+            self.chosen[variant] = plan if has_learned(made) else plan.with_flags(stretch="")
         return self.chosen[variant]
 
     def base(self, variant: str) -> list[Plan]:
         """The variant's first stage, a run for each seed: seed 1's flags, and three times the steps
-        where these are not enough for this seed."""
-        chosen, learned = self.choose(variant)
-        plans = []
+        where these were enough for seed 1 and are not for this one."""
+        chosen, plans = self.choose(variant), []
+        learns = has_learned(self.run(chosen))
         for seed in self.seeds:
             plan = chosen.with_flags(seed=str(seed) if seed > 1 else "")
-            if learned and "stretch" not in dict(plan.flags):
-                if not has_learned(self.record(plan, what="run"), self.scale.trained):
-                    plan = plan.with_flags(stretch="3")
+            if learns and not plan.flag("stretch") and not has_learned(self.run(plan)):
+                plan = plan.with_flags(stretch="3")
             plans.append(plan)
         return plans
 
-    def extended(self, variant: str, recipe: str | None = None) -> list[Plan]:
-        """The variant's second stage: theta raised for RoPE, positions untouched for hybrids and
-        NoPE, unless `recipe` says otherwise."""
+    def extended(self, variant: str, raised: bool | None = None) -> list[Plan]:
+        """Its second stage: theta raised for RoPE models, untouched for others, or as is said."""
         self.second.add(variant)
-        raised = variant in ("R", "QK-Norm")
-        recipe = recipe or (self.scale.extend_rope if raised else self.scale.extend)
-        return [extension(recipe, plan) for plan in self.base(variant)]
+        raised = variant in ("R", "QK-Norm") if raised is None else raised
+        recipe = self.recipes["raised" if raised else "extend"]
+        return [plan.extended(recipe) for plan in self.base(variant)]
 
     # Each of these returns an array, a value for each seed.
 
-    def loss(self, variant: str) -> ndarray:
-        """Validation loss after the same steps for every variant, nats per token at the trained
-        length."""
+    def loss(self, variant: str) -> np.ndarray:
+        """Validation loss, nats per token, after the same steps for every variant."""
         plans = [plan.with_flags(stretch="") for plan in self.base(variant)]
-        return np.array([self.record(plan, what="run")["val_loss"] for plan in plans])
+        return np.array([self.run(plan)["val_loss"] for plan in plans])
 
-    def needles(self, plans: list[Plan], length: int, task: str, **treatment) -> ndarray:
+    def needles(self, plans: list[Plan], length: int, task: str, **treatment) -> np.ndarray:
         """Exact match of a task at a length."""
-        made = [self.record(plan, treatment=treatment) for plan in plans]
+        made = [runs.record(plan, self.corpus, treatment) for plan in plans]
         return np.array([found(each, task, length)["exact"] for each in made])
 
-    def mass(self, plans: list[Plan], key: str, layers: str = "all") -> ndarray:
+    def mass(self, plans: list[Plan], key: str, layers: str = "all") -> np.ndarray:
         """A figure of lab.attention_mass at four times the trained length."""
-        which, values = (4 * self.scale.trained, layers), []
+        which, values = (4 * self.trained, layers), []
         for plan in plans:
-            rows = self.record(plan, what="attention")["masses"]
+            rows = runs.record(plan, self.corpus, what="attention")["masses"]
             values += [row[key] for row in rows if (row["length"], row["layers"]) == which]
         return np.array(values)
 
-    def learned(self, variant: str, task: str) -> ndarray:
+    def learned(self, variant: str, task: str) -> np.ndarray:
         """Does the run find LEARNED of a task's needles at the trained length?"""
-        return self.needles(self.base(variant), self.scale.trained, task) >= LEARNED
+        return self.needles(self.base(variant), self.trained, task) >= LEARNED
 
 
 def costs(repeat: int) -> dict:
-    """Cache, training step and FLOPs of rrrN over R's at one length, measured once in processes of
-    their own, or read from the record."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes, length = cost.SIZES[device], cost.LENGTHS[device][-1]
-    patterns = ("R", "rrrN")
+    """Cache, training step and FLOPs of rrrN over R's at one length: measured, or as recorded."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, length = WORDS["cost"][device.type]
 
     def make() -> dict:
-        work = cost.in_own_process
-        full, swa = (work(cost.measure, pattern, length, sizes, device) for pattern in patterns)
-        with torch.device("meta"):
-            models = [Transformer(ModelConfig(pattern=pattern, **sizes)) for pattern in patterns]
-        flops = [model.flops_per_token(length) for model in models]
+        shapes = {pattern: speed.SHAPES[name] | {"pattern": pattern} for pattern in ("R", "rrrN")}
+        full, swa = (speed.Job(pattern, shape, 1, length) for pattern, shape in shapes.items())
+        works = {job.name: job.work(device) for job in (full, swa)}
+        speed.alternate(works, range(1), speed.clock_of(device))  # the first is slow
+        seconds = speed.alternate(works, range(3), speed.clock_of(device))
         return {
             "length": length,
-            "cache": swa.cache_bytes / full.cache_bytes,
-            "cache_promised": swa.cache_promised,
-            "step": swa.train_ms / full.train_ms,
-            "flops": flops[1] / flops[0],
+            "cache": swa.cache()[0] / full.cache()[0],
+            "cache_promised": swa.cache()[1],
+            "step": seconds["rrrN"] / seconds["R"],
+            "flops": swa.flops() / full.flops(),
         }
 
-    return runs.kept(["cost", device, length, repeat], make)
+    return runs.kept(["cost", device.type, length, repeat], make)
 
 
-# ------------------------------------------------------------------------------------------------
-# The claims
+# What claims.toml compares ------------------------------------------------------------------------
 
 # Metrics: (lab, label, task) -> an array, a value for each seed. Labels are mostly variants.
 
-loss = lambda lab, name, task: lab.loss(name)
-short = lambda lab, name, task: lab.needles(lab.base(name), lab.scale.trained, task)
+short = lambda lab, name, task: lab.needles(lab.base(name), lab.trained, task)
 long = lambda lab, name, task: lab.needles(lab.base(name), lab.longest, task)
-kept_share = lambda lab, *what: long(lab, *what) / short(lab, *what).clip(1e-9)
-extended = lambda lab, name, task: lab.needles(lab.extended(name), lab.scale.extended, task)
-farthest = lambda lab, name, task: lab.needles(lab.extended(name), lab.longest, task)
-deep_loss = lambda lab, ratio, task: lab.loss(DEEP[ratio])
-deep_needles = lambda lab, ratio, task: long(lab, DEEP[ratio], task)
-
-mass = lambda key: lambda lab, name, task: lab.mass(lab.extended(name), key)
-begin, needle, entropy = map(mass, ("begin", "needle", "entropy_share"))
-entropy_ratio = lambda lab, label, task: entropy(lab, "QK-Norm", task) / entropy(lab, "R", task)
-layers = lambda key: lambda lab, kind, task: lab.mass(lab.extended("RN"), key, kind.split()[0])
-layers_needle, layers_qc = map(layers, ("needle", "qc"))
-
-theta = lambda lab, label: lab.extended("RN", lab.scale.extend_rope if label == "raised" else None)
-theta_qc = lambda lab, label, task: lab.mass(theta(lab, label), "qc", "RoPE")
-theta_needles = lambda lab, label, task: lab.needles(theta(lab, label), lab.longest, task)
-
-cost_of = lambda keys: lambda lab, label, task: np.array([costs(n)[keys[label]] for n in lab.seeds])
-cache = cost_of({"measured": "cache", "promised": "cache_promised"})
-step = cost_of({"measured": "step", "FLOPs": "flops"})
+entropy = lambda lab, name, task: lab.mass(lab.extended(name), "entropy_share")
+layers = lambda lab, key, kind: lab.mass(lab.extended("RN"), key, kind.split()[0])
+theta = lambda lab, label: lab.extended("RN", raised=label == "raised")
+costs_of = lambda **keys: (
+    lambda lab, label, task: np.array([costs(seed)[keys[label]] for seed in lab.seeds])
+)
 
 
-def cut(lab: Lab, label: str, task: str) -> ndarray:
+def cut(lab: Lab, label: str, task: str) -> np.ndarray:
     """What R finds under a window at evaluation, or half of what it finds without."""
     if label == "half of whole":
         return short(lab, "R", task) / 2
-    window = {"pattern": "r", "window": lab.window}
-    return lab.needles(lab.base("R"), lab.scale.trained, task, **window)
+    return lab.needles(lab.base("R"), lab.trained, task, pattern="r", window=lab.window)
 
 
-def against_bar(lab: Lab, name: str, task: str) -> ndarray:
-    """What a variant finds at the trained length, or the bar for having learned."""
-    return np.full(len(lab.seeds), LEARNED) if name == "bar" else short(lab, name, task)
-
-
+METRICS = {
+    "loss": lambda lab, name, task: lab.loss(name),
+    "extended": lambda lab, name, task: lab.needles(lab.extended(name), lab.extended_to, task),
+    "farthest": lambda lab, name, task: lab.needles(lab.extended(name), lab.longest, task),
+    "kept_share": lambda lab, *what: long(lab, *what) / short(lab, *what).clip(1e-9),
+    "begin": lambda lab, name, task: lab.mass(lab.extended(name), "begin"),
+    "needle": lambda lab, name, task: lab.mass(lab.extended(name), "needle"),
+    "entropy": entropy,
+    "entropy_ratio": lambda lab, *_: entropy(lab, "QK-Norm", "") / entropy(lab, "R", ""),
+    "layers_needle": lambda lab, kind, task: layers(lab, "needle", kind),
+    "layers_qc": lambda lab, kind, task: layers(lab, "qc", kind),
+    "theta_qc": lambda lab, label, task: lab.mass(theta(lab, label), "qc", "RoPE"),
+    "theta_needles": lambda lab, label, task: lab.needles(theta(lab, label), lab.longest, task),
+    "deep_loss": lambda lab, ratio, task: lab.loss(DEEP[ratio]),
+    "deep_needles": lambda lab, ratio, task: long(lab, DEEP[ratio], task),
+    "cache": costs_of(measured="cache", promised="cache_promised"),
+    "step": costs_of(measured="step", FLOPs="flops"),
+    "cut": cut,
+    "against_bar": lambda lab, name, task: (
+        np.full(len(lab.seeds), LEARNED) if name == "bar" else short(lab, name, task)
+    ),
+}
 ABOUT = {  # of metrics about retrieval: label -> the variant that must have learned the task
-    **dict.fromkeys((extended, farthest, kept_share, needle), lambda name: name),
-    **dict.fromkeys((layers_needle, theta_needles), lambda label: "RN"),
-    deep_needles: DEEP.get,
-    cut: lambda label: "R",
+    **dict.fromkeys(("extended", "farthest", "kept_share", "needle"), lambda name: name),
+    **dict.fromkeys(("layers_needle", "theta_needles"), lambda label: "RN"),
+    "deep_needles": DEEP.get,
+    "cut": lambda label: "R",
 }
-
-# Rules: differences that are positive where the claim holds, from the values of each label.
-
-more = lambda a, b: a - b
-less = lambda a, b: b - a
-no_less = lambda a, b: a - b + MARGIN
-no_more = lambda a, b: b - a + MARGIN
-under_a_tenth = lambda whole, part: whole / 10 - part
-near_two = lambda ratio: 0.5 - abs(ratio - 2)
-as_promised = lambda measured, promised: 0.01 - abs(measured - promised)
-near_flops = lambda measured, flops: 1.25 * flops - measured
-
-AT, TRAINED = "at {lab.longest:,}", "{lab.scale.trained:,}, not extended"
-CLAIMS = {  # what is said, rule, metric, labels; where it is not "single", the task
-    1: [
-        ("R no worse than QK-Norm", no_more, loss, ("R", "QK-Norm")),
-        ("R < N", less, loss, ("R", "N")),
-        ("QK-Norm < N", less, loss, ("QK-Norm", "N")),
-    ],
-    2: [
-        (f"{task}: {a} > {b}", more, extended, (a, b), task)
-        for task in TASKS
-        for a, b in (("R", "N"), ("N", "QK-Norm"), ("R", "QK-Norm"))
-    ],
-    3: [
-        ("N > R", more, needle, ("N", "R")),
-        ("R > QK-Norm", more, needle, ("R", "QK-Norm")),
-    ],
-    4: [("begin mass: QK-Norm under a tenth of R", under_a_tenth, begin, ("R", "QK-Norm"))],
-    5: [
-        ("entropy / log2(keys): QK-Norm > R", more, entropy, ("QK-Norm", "R")),
-        ("the ratio is between 1.5 and 2.5", near_two, entropy_ratio, ("QK-Norm / R",)),
-    ],
-    6: [
-        (f"{what}: {a} > {b}", more, metric, (a, b))
-        for what, metric, a, b in (
-            ("needle mass", layers_needle, "NoPE layers", "RoPE layers"),
-            ("mass on question and answer", layers_qc, "RoPE layers", "NoPE layers"),
-        )
-    ],
-    7: [
-        ("RoPE layers' mass on question and answer", less, theta_qc, ("raised", "untouched")),
-        *((f"{task} {AT}", less, theta_needles, ("raised", "untouched"), task) for task in TASKS),
-    ],
-    8: [
-        (f"{task}: {a} {word} {b}", rule, farthest, (a, b), task)
-        for task in TASKS
-        for a, word, b, rule in (
-            ("rrrN", "no worse than", "RN", no_less),
-            ("RN", ">", "R", more),
-            ("rrrN", ">", "R", more),
-        )
-    ],
-    9: [
-        (f"{what}: 3:1 no worse than {other}", rule, metric, ("3:1", other), task)
-        for other in ("1:1", "7:1")
-        for what, rule, metric, task in (
-            ("loss", no_more, deep_loss, "single"),
-            (f"multi-key {AT}", no_less, deep_needles, "multi-key"),
-        )
-    ],
-    10: [("rrrN no worse than R", no_more, loss, ("rrrN", "R"))],
-    11: [
-        (f"{task} {AT} over {TRAINED}: rrrN > R", more, kept_share, ("rrrN", "R"), task)
-        for task in TASKS
-    ],
-    12: [
-        (f"{what} of rrrN over R's, {near}", rule, metric, ("measured", beside))
-        for what, near, rule, metric, beside in (
-            ("cache", "within .01 of the promise", as_promised, cache, "promised"),
-            ("training step", "at most 1.25 times the FLOPs' ratio", near_flops, step, "FLOPs"),
-        )
-    ],
-    13: [
-        (
-            "R with a window of {lab.window} at evaluation finds under half of what it found",
-            less,
-            cut,
-            ("windowed", "half of whole"),
-        ),
-        (f"rrrN, trained with that window, finds {LEARNED}", more, against_bar, ("rrrN", "bar")),
-    ],
+RULES = {  # differences that are positive where the claim holds, from the values of each label
+    "more": lambda a, b: a - b,
+    "less": lambda a, b: b - a,
+    "no_less": lambda a, b: a - b + MARGIN,
+    "no_more": lambda a, b: b - a + MARGIN,
+    "under_a_tenth": lambda whole, part: whole / 10 - part,
+    "near_two": lambda ratio: 0.5 - abs(ratio - 2),
+    "as_promised": lambda measured, promised: 0.01 - abs(measured - promised),
+    "near_flops": lambda measured, flops: 1.25 * flops - measured,
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# The verdicts
-
-
-@dataclass(frozen=True)
-class Part:
-    """A comparison's outcome: what it says, the values it shows (label -> one a seed), their
-    differences, and of the variants that it is about, which seeds have learned."""
+class Part(NamedTuple):
+    """A comparison's outcome; arrays have a value a seed."""
 
     says: str
-    shown: dict[str, ndarray]
-    differences: ndarray
-    learned: dict[str, ndarray] = field(default_factory=dict)
+    shown: dict[str, np.ndarray]  # by label
+    differences: np.ndarray
+    learned: dict[str, np.ndarray] = {}  # by variant that it is about
 
 
-def compare(
-    lab: Lab,
-    says: str,
-    rule: Callable,
-    metric: Callable,
-    labels: Sequence[str],
-    task: str = "single",
-) -> Part:
-    """A row of CLAIMS, measured now where no record says it."""
-    shown = {label: metric(lab, label, task) for label in labels}
-    variants = map(ABOUT[metric], labels) if metric in ABOUT else ()
+def compare(lab: Lab, says: str, rule: str, metric: str, of: list[str], task="single") -> Part:
+    """A part of a claim, measured now where no record says it."""
+    shown = {label: METRICS[metric](lab, label, task) for label in of}
+    variants = map(ABOUT[metric], of) if metric in ABOUT else ()
     learned = {name: lab.learned(name, task) for name in variants}
-    return Part(says.format(lab=lab), shown, rule(*shown.values()), learned)
+    said = says.format(lab=lab, learned=LEARNED)
+    return Part(said, shown, RULES[rule](*shown.values()), learned)
 
 
 def verdict(part: Part) -> str:
@@ -365,82 +240,65 @@ def summary(verdicts: list[str]) -> str:
     return ", ".join(f"{n} of {len(verdicts)} {word}" for word, n in counts.items() if n)
 
 
-# ------------------------------------------------------------------------------------------------
-# The report
-
-
 def shown(values: Sequence[float]) -> str:
     """Mean ± standard error over seeds."""
     mean, error = mean_and_error(values)
     return f"{mean:.3f}" + (f" ± {error:.3f}" if len(values) > 1 else "")
 
 
-def report(lab: Lab, name: str, results: dict[int, list[Part]], picture: str) -> str:
+def report(lab: Lab, results: dict[int, list[Part]], picture: str) -> str:
     """Markdown: the verdicts, every comparison, and the runs behind them."""
-    scale, seeds = lab.scale, len(lab.seeds)
-    only = "" if len(results) == len(CLAIMS) else f" --only {' '.join(map(str, results))}"
     verdicts, details = [], []
     for number, parts in results.items():
-        claim, words = WORDS[str(number)], [verdict(part) for part in parts]
+        claim, words = CLAIMS[number], [verdict(part) for part in parts]
         verdicts.append([str(number), claim["title"], claim["paper"], f"**{summary(words)}**"])
         rows = []
         for part, word in zip(parts, words):
             measured = ", ".join(f"{label} {shown(of)}" for label, of in part.shown.items())
             rows.append([part.says, measured, shown(part.differences), word])
         details += [f"## {number}. {claim['title']}", f"Paper: {claim['paper']}."]
-        details.append(table(["comparison", "measured", "difference", "verdict"], rows))
+        details.append(markdown(["comparison", "measured", "difference", "verdict"], rows))
         if not {"reproduced", "not decided: one seed"}.issuperset(words):
             details.append(claim["otherwise"].strip())
-    paragraphs = [
-        f"# The paper's claims at {name} scale",
-        f"Written by `python -m lab.reproduce --scale {name} --seeds {seeds}{only}`, from the "
-        f"records in `results/runs.jsonl`. {seeds} seed{'s' if seeds > 1 else ''}; trained at "
-        f"{scale.trained:,} tokens, extended to {scale.extended:,}, needles (exact match) to "
-        f"{lab.longest:,}; attention masses after extension at {4 * scale.trained:,}. Corpus "
-        f"{lab.corpus.hash}.",
-        WORDS["rule"],
-        f"![needles found against context length]({picture})",
-        table(["", "claim", "paper", "verdict"], verdicts),
-        *details,
-        "## The variants",
-        WORDS["variants"],
-        variants(lab),
-    ]
-    return "\n\n".join(paragraphs) + "\n"
-
-
-def table(head: Sequence[str], rows: list[list[str]]) -> str:
-    """In Markdown, an empty cell as one space."""
-    return markdown(head, rows).replace("  |", " |")
+    page = WORDS["page"].format(
+        lab=lab,
+        n=len(lab.seeds),
+        seeds=f"{len(lab.seeds)} seed" + "s" * (len(lab.seeds) > 1),
+        only="" if len(results) == len(CLAIMS) else f" --only {' '.join(map(str, results))}",
+        masses=4 * lab.trained,
+        rule=WORDS["rule"],
+        picture=picture,
+        verdicts=markdown(["", "claim", "paper", "verdict"], verdicts),
+        details="\n\n".join(details),
+        about=WORDS["variants"],
+        variants=variants(lab),
+    )
+    return page.replace("  |", " |")  # an empty cell is one space
 
 
 def variants(lab: Lab) -> str:
-    """A row a variant and stage: its run, its own table at the trained length, its loss, and its
-    needles by length."""
+    """A row a variant and stage: its run, its own table, its loss, and its needles by length."""
     head = ["variant", "rate", "stretch", "own table at the trained length", "nats per token"]
     rows = []
-
-    def add(plans: list[Plan], *cells: str) -> None:
-        tasks = [[shown(lab.needles(plans, n, task)) for task in TASKS] for n in lab.lengths]
-        rows.append([*cells, *map(" / ".join, tasks)])
-
-    for name, (chosen, _) in lab.chosen.items():
-        plans = lab.base(name)
-        made = [lab.record(plan, what="run") for plan in plans]
-        tables = " ".join(f"{runs.at_trained_length(each, lab.scale.trained):.2f}" for each in made)
-        stretch = " ".join(dict(plan.flags).get("stretch", "1") for plan in plans)
-        add(plans, name, str(chosen.rate), stretch, tables, shown(lab.loss(name)))
+    for name, chosen in lab.chosen.items():
+        stages = {name: lab.base(name)}
         if name in lab.second:
-            add(lab.extended(name), f"{name}, extended", *[""] * 4)
-    return table([*head, *(f"{n:,}" for n in lab.lengths)], rows)
+            stages[f"{name}, extended"] = lab.extended(name)
+        own = " ".join(f"{runs.own_score(lab.run(plan)):.2f}" for plan in stages[name])
+        stretch = " ".join(plan.flag("stretch", "1") for plan in stages[name])
+        cells = [str(chosen.rate), stretch, own, shown(lab.loss(name))]
+        for stage, plans in stages.items():
+            tasks = [[shown(lab.needles(plans, n, task)) for task in TASKS] for n in lab.lengths]
+            rows.append([stage, *cells, *map(" / ".join, tasks)])
+            cells = [""] * 4
+    return markdown([*head, *(f"{n:,}" for n in lab.lengths)], rows)
 
 
 def plot(lab: Lab, out: Path) -> None:
-    """Needles against length for every variant, mean and standard error over seeds: a row a stage,
-    a column a task."""
-    stages = [("trained", lab.base, lab.scale.trained, lab.chosen)]
+    """Needles against length, mean and error over seeds: a row a stage, a column a task."""
+    stages = [("trained", lab.base, lab.trained, lab.chosen)]
     if lab.second:
-        stages.append(("extended", lab.extended, lab.scale.extended, lab.second))
+        stages.append(("extended", lab.extended, lab.extended_to, lab.second))
     options = {"sharex": True, "sharey": True, "squeeze": False}
     figure, axes = figure_of(11, 0.4 + 3 * len(stages), len(stages), len(TASKS), **options)
     for row, (stage, plans_of, length, names) in zip(axes, stages):
@@ -464,38 +322,32 @@ def plot(lab: Lab, out: Path) -> None:
 
 @guarded
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     parser = CommandLine(prog="python -m lab.reproduce", description=f"{__doc__}\n{WORDS['rule']}")
     add = parser.add_argument
-    titles = "; ".join(f"{n} {WORDS[str(n)]['title']}" for n in CLAIMS)
-    several = {"nargs": "+", "type": int, "default": list(CLAIMS), "metavar": "CLAIM"}
-    add("--scale", default="laptop", help=f"of {', '.join(SCALES)} (default: laptop)")
+    titles = "; ".join(f"{n} {claim['title'].strip()}" for n, claim in CLAIMS.items())
+    several = {"nargs": "+", "type": int, "choices": CLAIMS, "default": [*CLAIMS]}
+    add("--scale", choices=SCALES, default="laptop", help="(default: laptop)")
     add("--seeds", type=int, default=3, help="how many, from 1 on (default: 3)")
-    add("--only", **several, help=f"numbers of claims: {titles}")
+    add("--only", **several, metavar="CLAIM", help=f"numbers of claims: {titles}")
     runs.add_rates(parser)
     args = parser.parse(argv)
-    if args.scale not in SCALES:
-        raise ValueError(f"--scale {args.scale!r} is unknown: use {' or '.join(SCALES)}")
     at_least(1, seeds=args.seeds)
-    for number in args.only:
-        if number not in CLAIMS:
-            raise ValueError(f"--only {number} is no claim: use 1 to {len(CLAIMS)}")
-    scale, only = SCALES[args.scale], sorted(set(args.only))
-    data = Plan(scale.base).toml.get("data")
+    only = sorted(set(args.only))
+    data = Plan(SCALES[args.scale]["base"]).toml.get("data")
     corpus = load_corpus(data) if data else default_corpus()
-    lab = Lab(scale, corpus, list(range(1, args.seeds + 1)), args.rates)
-
+    lab = Lab(args.scale, corpus, list(range(1, args.seeds + 1)), args.rates)
     suffix = "" if only == list(CLAIMS) else "-" + "-".join(map(str, only))
     folder, picture = RESULTS / f"reproduce-{args.scale}", f"retrieval{suffix}.png"
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for number in only:
-        results[number] = [compare(lab, *row) for row in CLAIMS[number]]
+        claim = CLAIMS[number]
+        results[number] = [compare(lab, *part) for part in claim["parts"]]
         word = summary([verdict(part) for part in results[number]])
-        print(f"{number}. {WORDS[str(number)]['title']}: {word}", flush=True)
+        print(f"{number}. {claim['title']}: {word}", flush=True)
     plot(lab, folder / picture)
     out = folder / f"report{suffix}.md"
-    out.write_text(report(lab, args.scale, results, picture), encoding="utf-8")
+    out.write_text(report(lab, results, picture), encoding="utf-8")
     print(f"written to {out}")
 
 

@@ -12,22 +12,21 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from commandline import CommandLine
+from commandline import CommandLine, locked
 from data.corpus import Corpus
 from data.needles import Needles
 from lab import attention_mass, needles
 from lab.curves import read_log
-from model import Transformer
+from lab.report import LEARNED, trained_length
+from model import Transformer, require
 from recipe import read_toml
 
 HERE = Path(__file__).resolve().parent.parent
@@ -37,7 +36,7 @@ VERSION = 1
 TASKS, TIMES = ("single", "multi-key"), (1, 2, 4, 8, 16)  # at so many times the trained length
 EXAMPLES = 24  # of each task at each length, at any depth: a standard error of .1 at the most
 MASS_TIMES, MASS_EXAMPLES = (1, 4, 16), 16  # of attention mass
-RATES, STRETCHES, LEARNED = (0.003, 0.006, 0.01), (1, 3), 0.8  # see `best`
+RATES, STRETCHES = (0.003, 0.006, 0.01), (1, 3)  # see `best`
 
 
 @dataclass(frozen=True)
@@ -65,36 +64,41 @@ class Plan:
         return read_toml(HERE / "recipes" / f"{self.recipe}.toml")
 
     @property
+    def trained(self) -> int:
+        """The trained length, in tokens: the longest before any extension."""
+        return self.init.trained if self.init else trained_length(self.toml)
+
+    @property
     def rate(self) -> float:
         """Its learning rate."""
-        return float(dict(self.flags).get("lr", self.toml["lr"]))
+        return float(self.flag("lr", self.toml["lr"]))
+
+    def flag(self, name: str, default: str = "") -> str:
+        """The value of a flag."""
+        return dict(self.flags).get(name, default)
 
     def with_flags(self, **flags: str) -> "Plan":
         """The same with these flags, or without those that are given as ""."""
         kept = tuple(flag for flag in self.flags if flag[0] not in flags)
         return replace(self, flags=kept + tuple((k, v) for k, v in flags.items() if v))
 
+    def extended(self, recipe: str) -> "Plan":
+        """A short training by `recipe` from this run on; the record asks needles, it need not."""
+        layers = self.flag("n-layer", str(self.toml["model"]["n_layer"]))
+        plan = Plan(recipe, (("n-layer", layers), ("eval-questions", "0")), self)
+        return plan.with_flags(seed=self.flag("seed"))
+
 
 def _hash(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def extension(recipe: str, plan: Plan) -> Plan:
-    """A short training by `recipe` that starts from the run of `plan`, without a table of its own:
-    the record asks needles anyway."""
-    layers = dict(plan.flags).get("n-layer", str(plan.toml["model"]["n_layer"]))
-    seed = tuple(flag for flag in plan.flags if flag[0] == "seed")
-    return Plan(recipe, (("n-layer", layers), ("eval-questions", "0"), *seed), plan)
+# Trainings ----------------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------------------
-# Trainings
-
-
-def alone(name: str) -> FileLock:
+def alone(name: str):
     """Wait while another process makes the same run or record."""
-    WORK.mkdir(parents=True, exist_ok=True)
-    return FileLock(WORK / f"{name}.lock")
+    return locked(WORK / f"{name}.record", "", wait=-1)
 
 
 def finished(folder: Path) -> bool:
@@ -105,14 +109,8 @@ def finished(folder: Path) -> bool:
         return False
 
 
-def multiplies_bfloat16() -> bool:
-    """Has this CPU bfloat16 units (AVX512-BF16, AMX)? `python -m lab.speed job` shows their use."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def trained(plan: Plan, corpus: Corpus) -> Path:
-    """The folder of the finished run, trained or continued now where it must be. ValueError when
-    training fails."""
+    """The folder of the run, trained or continued now where it must be. ValueError if it fails."""
     start = plan.init and trained(plan.init, corpus) / "last"
     folder = WORK / plan.key(corpus)
     with alone(folder.name):
@@ -124,46 +122,31 @@ def trained(plan: Plan, corpus: Corpus) -> Path:
             words = [str(HERE / "recipes" / f"{plan.recipe}.toml"), "--out", str(folder)]
             words += ["--data", str(corpus.folder.resolve())]
             words += [word for name, value in plan.flags for word in (f"--{name}", value) if word]
-            words += ["--bf16"] if multiplies_bfloat16() else []
             words += ["--init", str(start)] if start else []
         print(f"training {folder.name}: {plan}", file=sys.stderr, flush=True)
         log = WORK / f"{folder.name}.log"
-        try:
-            command = [sys.executable, str(HERE / "train.py"), *words]
-            with open(log, "a") as file:
-                subprocess.run(command, cwd=HERE, check=True, stdout=file, stderr=file)
-        except subprocess.CalledProcessError as error:
-            why = f"a training failed (status {error.returncode}): {log} says why"
-            raise ValueError(f"{why}; what is done is kept") from None
+        command = [sys.executable, str(HERE / "train.py"), *words]
+        with open(log, "a") as file:
+            status = subprocess.run(command, cwd=HERE, stdout=file, stderr=file).returncode
+        failed = f"a training failed (status {status}): {log} says why; what is done is kept"
+        require(status == 0, failed)
     return folder
 
 
-# ------------------------------------------------------------------------------------------------
-# Records
+# Records ------------------------------------------------------------------------------------------
 
 
 def record(
-    plan: Plan,
-    corpus: Corpus,
-    treatment: dict | None = None,
-    what: str = "needles",
-    trained_at: int = 512,
+    plan: Plan, corpus: Corpus, treatment: dict | None = None, what: str = "needles"
 ) -> dict:
     """What the run measured, evaluated under `treatment` (fields of ModelConfig): read from its
     record, or made now.
 
-    Keys: plan, treatment, recipe, corpus, seconds of training; val_loss and val_bits_per_byte at
-    the trained length and table (the run's own: multi-query at 0.5 to 16 times the trained length),
-    these three without a treatment only; and by `what`
-
-        run         nothing more (or what a needle record has, where there is one)
-        needles     single and multi-key: a list of cells (lab.needles), one a task and length
-        attention   masses: a list of rows (lab.attention_mass), one a length and kind of layer;
-                    heads, at the longest length
-
-    at TIMES or MASS_TIMES `trained_at` tokens, for extended runs too.
-    """
-    treatment, elsewhere = treatment or {}, [] if trained_at == 512 else [trained_at]
+    Keys: plan, treatment, recipe, corpus, seconds of training; without a treatment also val_loss,
+    val_bits_per_byte and the run's own table; and by `what`: needles, cells of lab.needles, or
+    masses and heads, rows of lab.attention_mass. "run" is content with a needle record."""
+    treatment = treatment or {}
+    elsewhere = [] if plan.trained == 512 else [plan.trained]
     asked = {
         "run": ["run"],
         "needles": [EXAMPLES, TASKS, TIMES],
@@ -172,7 +155,7 @@ def record(
     identity = lambda what: [VERSION, plan.key(corpus), treatment, *asked[what], *elsewhere]
     if what == "run" and _hash(identity("needles")) in records():
         what = "needles"
-    return kept(identity(what), lambda: _measured(plan, corpus, treatment, what, trained_at))
+    return kept(identity(what), lambda: _measured(plan, corpus, treatment, what))
 
 
 def records() -> dict[str, dict]:
@@ -190,24 +173,21 @@ def _read(path: Path, *version: int) -> dict[str, dict]:
 def kept(identity: list, make: Callable[[], dict]) -> dict:
     """The record of that identity, made now where there is none, whole or not at all."""
     key = _hash(identity)
-    if key not in records():
-        with alone(key):
-            if key not in records():
-                _add(key, make())
-    return records()[key]
+    if key in records():
+        return records()[key]
+    with alone(key):
+        if key not in records():  # nor has another process made it meanwhile
+            line = json.dumps({"key": key, **make()}, separators=(",", ":"))
+            with alone("records"):
+                lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
+                RECORDS.parent.mkdir(parents=True, exist_ok=True)
+                partial = RECORDS.with_suffix(".partial")
+                partial.write_text("\n".join(sorted([*lines, line])) + "\n", encoding="utf-8")
+                os.replace(partial, RECORDS)
+        return records()[key]
 
 
-def _add(key: str, made: dict) -> None:
-    line = json.dumps({"key": key, **made}, separators=(",", ":"))
-    with alone("records"):
-        lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
-        RECORDS.parent.mkdir(parents=True, exist_ok=True)
-        partial = RECORDS.with_suffix(".partial")
-        partial.write_text("\n".join(sorted([*lines, line])) + "\n", encoding="utf-8")
-        os.replace(partial, RECORDS)
-
-
-def _measured(plan: Plan, corpus: Corpus, treatment: dict, what: str, trained_at: int) -> dict:
+def _measured(plan: Plan, corpus: Corpus, treatment: dict, what: str) -> dict:
     """A record of a run's, trained now where it must be."""
     folder = trained(plan, corpus)
     run, entries = json.loads((folder / "run.json").read_text()), read_log(folder)
@@ -227,28 +207,23 @@ def _measured(plan: Plan, corpus: Corpus, treatment: dict, what: str, trained_at
     if what == "needles":
         made["needles"] = []
         for task, times in product(TASKS, TIMES):
-            length = trained_at * times
-            cell = needles.measure(model, hidden, "", task, length, None, EXAMPLES, 1)
-            made["needles"].append(_fields(cell, "depth", "examples"))
+            cell = (task, plan.trained * times, None, EXAMPLES, 1)
+            measured = needles.measure(model, hidden, "", *cell)
+            made["needles"].append(_fields(measured, "depth", "examples"))
     if what == "attention":
-        lengths = [trained_at * times for times in MASS_TIMES]
-        measure = lambda n: attention_mass.measure(model, hidden, "", n, MASS_EXAMPLES)
-        masses, heads, _ = zip(*map(measure, lengths))
-        made["masses"] = [_short(_fields(row)) for rows in masses for row in rows]
-        made["heads"] = [_short(_fields(head)) for head in heads[-1]]
+        made["masses"] = []
+        for times in MASS_TIMES:
+            cell = (plan.trained * times, MASS_EXAMPLES)
+            masses, heads, _ = attention_mass.measure(model, hidden, "", *cell)
+            made["masses"] += map(_fields, masses)
+        made["heads"] = list(map(_fields, heads))  # at the longest length
     return made
 
 
 def _fields(row, *left_out: str) -> dict:
-    return {k: v for k, v in asdict(row).items() if k not in ("checkpoint", *left_out)}
-
-
-def _short(fields: dict) -> dict:
-    return {k: round(v, 5) if isinstance(v, float) else v for k, v in fields.items()}
-
-
-# ------------------------------------------------------------------------------------------------
-# What records say
+    """Of a measurement, as a record keeps it: five digits are enough."""
+    kept = {k: v for k, v in row._asdict().items() if k not in ("checkpoint", *left_out)}
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in kept.items()}
 
 
 def found(made: dict, task: str, length: int) -> dict:
@@ -257,33 +232,34 @@ def found(made: dict, task: str, length: int) -> dict:
     return next(cell for cell in cells if (cell["task"], cell["length"]) == (task, length))
 
 
-def at_trained_length(made: dict, trained_at: int) -> float:
-    """Exact match in the run's own table: multi-query, 200 questions. Runs are chosen by it, so
-    that the needles of a record's cells stay unseen."""
-    return next(score["exact"] for score in made["table"] if score["length"] == trained_at)
+def own_score(made: dict) -> float:
+    """Exact match at the trained length in the run's own table: multi-query, 200 questions. Runs
+    are chosen by it, so that the needles of a record's cells stay unseen."""
+    trained = trained_length(made["recipe"])
+    return next(score["exact"] for score in made["table"] if score["length"] == trained)
 
 
-def has_learned(made: dict, trained_at: int) -> bool:
+def has_learned(made: dict) -> bool:
     """Did the run find LEARNED of its own table's needles at the trained length?"""
-    return at_trained_length(made, trained_at) >= LEARNED
+    return own_score(made) >= LEARNED
 
 
 def best(
-    recipe: str, flags: tuple, corpus: Corpus, rates: Sequence[float] = RATES, trained_at: int = 512
+    recipe: str, flags: tuple, corpus: Corpus, rates: Sequence[float] = RATES
 ) -> tuple[Plan, dict]:
     """The run of a variant that all its tables speak of, and its record: the recipe at each of the
     rates, the best by exact match at the trained length, then by loss; where that has not learned
     the task, the same rate for three times the steps."""
     made: dict[Plan, dict] = {}
-    score = lambda plan: (at_trained_length(made[plan], trained_at), -made[plan]["val_loss"])
     for stretch in STRETCHES:
         for rate in rates:
+            require(0 < rate < 1, f"--rates {rate:g} is not between 0 and 1")
             plan = Plan(recipe, flags)
             lr = "" if rate == plan.rate else str(rate)
             plan = plan.with_flags(lr=lr, stretch=str(stretch) if stretch > 1 else "")
-            made[plan] = record(plan, corpus, what="run", trained_at=trained_at)
-        chosen = max(made, key=score)
-        if has_learned(made[chosen], trained_at):
+            made[plan] = record(plan, corpus, what="run")
+        chosen = max(made, key=lambda plan: (own_score(made[plan]), -made[plan]["val_loss"]))
+        if has_learned(made[chosen]):
             break
         rates = [chosen.rate]
     return chosen, made[chosen]
@@ -291,14 +267,6 @@ def best(
 
 def add_rates(parser: CommandLine) -> None:
     """--rates, for `best` to choose from."""
-    many = {"nargs": "+", "type": a_rate, "default": list(RATES), "metavar": "RATE"}
+    many = {"nargs": "+", "type": float, "default": list(RATES), "metavar": "RATE"}
     default = " ".join(map(str, RATES))
     parser.add_argument("--rates", **many, help=f"to choose from (default: {default})")
-
-
-def a_rate(text: str) -> float:
-    """A learning rate from the command line."""
-    rate = float(text)
-    if not 0 < rate < 1:
-        raise ArgumentTypeError(f"--rates {text} is not between 0 and 1")
-    return rate

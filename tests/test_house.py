@@ -29,6 +29,7 @@ BUDGETS = {
     "run.py": 240,
     "recipe.py": 340,
     "parallel.py": 60,
+    "lab": 2500,  # 2,000 without lab.gguf and what comes after it
 }
 
 

@@ -174,8 +174,8 @@ def test_the_command_writes_what_it_prints(corpus_folder, tmp_path, capsys, need
     )
     out = capsys.readouterr().out
     assert (
-        len(re.findall(r"^\S+ +(?:128|256)  (?:all|RoPE|NoPE)", out, re.M)) == 6
-        and "needle  layer" in out
+        len(re.findall(r"^\S+ +(?:128|256) +(?:all|RoPE|NoPE)  ", out, re.M)) == 6
+        and "heads with most of the needle mass" in out
     )
     assert (
         len((tmp_path / "m.csv").read_text().splitlines()) == 7
@@ -222,30 +222,39 @@ def test_the_rule(differences, learned, word):
 def test_margins_and_summaries():
     word = lambda differences: verdict(Part("", {}, differences))
     a, b = np.array([2.01, 2.0, 2.015]), np.array([2.0, 2.0, 2.0])  # losses
-    assert word(reproduce.less(a, b)) == "not decided"
-    assert word(reproduce.no_more(a, b)) == "reproduced"
+    rule = reproduce.RULES
+    assert word(rule["less"](a, b)) == "not decided"
+    assert word(rule["no_more"](a, b)) == "reproduced"
     found, fewer = np.array([0.9, 0.95]), np.array([0.5, 0.5])
-    assert word(reproduce.more(found, fewer)) == "reproduced"
-    assert word(reproduce.no_less(fewer, found)) == "reversed"
-    assert word(reproduce.no_less(found - 0.01, found)) == "reproduced"
+    assert word(rule["more"](found, fewer)) == "reproduced"
+    assert word(rule["no_less"](fewer, found)) == "reversed"
+    assert word(rule["no_less"](found - 0.01, found)) == "reproduced"
     assert summary(["reproduced"] * 2) == "reproduced"
     mixed = ["reproduced", "not decided: R had not learned"]
     assert summary(mixed) == "1 of 2 reproduced, 1 of 2 not decided"
 
 
-def test_what_a_claim_is_about_must_have_learned():
+def test_what_a_claim_is_about_must_have_learned(monkeypatch):
     """A metric about retrieval names its variants by label; one that is not has none."""
-    lab = SimpleNamespace(
-        learned=lambda name, task: np.array([name != "N", True]), longest=8192, scale=None
-    )
+    lab = SimpleNamespace(learned=lambda name, task: np.array([name != "N", True]), longest=8192)
     flat = lambda lab, label, task: np.array([0.9, 0.8]) if label == "R" else np.array([0.1, 0.1])
-    row = ("{lab.longest:,}: R > N", reproduce.more, flat, ("R", "N"), "multi-key")
+    monkeypatch.setitem(reproduce.METRICS, "flat", flat)
+    row = ("{lab.longest:,}: R > N", "more", "flat", ["R", "N"], "multi-key")
     part = reproduce.compare(lab, *row)
     assert part.says == "8,192: R > N" and list(part.shown) == ["R", "N"] and not part.learned
     assert verdict(part) == "reproduced"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(reproduce.ABOUT, flat, lambda name: name)
-        assert verdict(reproduce.compare(lab, *row)) == "not decided: N had not learned"
+    monkeypatch.setitem(reproduce.ABOUT, "flat", lambda name: name)
+    assert verdict(reproduce.compare(lab, *row)) == "not decided: N had not learned"
+
+
+def test_every_part_names_what_there_is():
+    """The parts of claims.toml name rules and metrics that exist, and all of these are used."""
+    parts = [part for claim in CLAIMS.values() for part in claim["parts"]]
+    assert list(CLAIMS) == list(range(1, 14)) and len(parts) == 36
+    says, rules, metrics, _ = zip(*(part[:4] for part in parts))
+    assert set(rules) == set(reproduce.RULES) and set(metrics) == set(reproduce.METRICS)
+    assert set(reproduce.ABOUT) <= set(metrics) and len(set(says)) > 30
+    assert {task for part in parts for task in part[4:]} == {"multi-key"}
 
 
 def test_records_of_several_writers_and_of_a_cut(tmp_path, monkeypatch):
@@ -272,7 +281,7 @@ def test_records_of_several_writers_and_of_a_cut(tmp_path, monkeypatch):
     assert runs.RECORDS.read_text() == text
 
 
-def made_up(plan, corpus, treatment, what, trained_at):
+def made_up(plan, corpus, treatment, what):
     """A record of numbers that depend on the run alone: N learns only in three times the steps,
     RoPE alone forgets with the length."""
     flags = dict(plan.flags)
@@ -280,11 +289,13 @@ def made_up(plan, corpus, treatment, what, trained_at):
     pattern = base["pattern"]
     learned = 0.1 if pattern == "N" and base.get("stretch") != "3" else 0.9
     level = {"RN": 0.6, "N": 0.4}.get(pattern, 0.9) if plan.init else learned
+    trained_at = plan.trained
     exact = lambda times: 0.0 if treatment else level / times ** (pattern == "R")
     mass = {"needle": level / 10, "begin": 0.3, "qc": 0.2, "entropy_share": 0.45}
     return {
         "plan": str(plan),
         "treatment": treatment,
+        "recipe": plan.toml,
         "val_loss": {"R": 4.0, "N": 4.1}.get(pattern, 3.9) + 0.001 * int(flags.get("seed", 1)),
         "table": [{"length": trained_at, "exact": learned}],
         "needles": [
@@ -306,11 +317,11 @@ def test_an_interrupted_reproduction_continues_to_the_same_report(
     corpus, made = load_corpus(corpus_folder), []
 
     def once(stop_after):
-        def measured(plan, corpus, treatment, what, trained_at):
+        def measured(plan, corpus, treatment, what):
             if len(made) == stop_after:
                 raise KeyboardInterrupt
             made.append((str(plan), str(treatment), what))
-            return made_up(plan, corpus, treatment, what, trained_at)
+            return made_up(plan, corpus, treatment, what)
 
         monkeypatch.setattr(runs, "_measured", measured)
 
@@ -385,7 +396,7 @@ def test_only_some_claims(corpus_folder, tmp_path, monkeypatch, capsys):
         "qk-norm" in plan or "--pattern N" in plan or "--seed" in plan for plan in plans
     )
     for argv, word in (
-        (["--only", "14"], "--only 14"),
+        (["--only", "14"], "--only: invalid choice: 14"),
         (["--seeds", "0"], "--seeds 0"),
         (["--scale", "huge"], "'huge'"),
         (["--rates", "2"], "--rates 2"),

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import fast.loss as loss_module
-from attention import attend
-from lab import cost, speed
+from attention import visible_pairs
+from lab import speed
 from lab.gpt2 import GPT2
 from model import ModelConfig, Transformer
 
@@ -32,6 +32,7 @@ TINY = {
     "vocab_size": 96,
     "window": 8,
 }
+alone = speed.in_own_process  # before `quick` replaces it
 PEER = {"n_layer": 2, "n_head": 2, "d_model": 32, "vocab_size": 96}
 CPU = torch.device("cpu")
 ARGS = Namespace(device=CPU, compile=False, repeats=1, new_tokens=4)
@@ -60,10 +61,9 @@ def tables(batch, length):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Small models, and no process for each peak: test_memory_of_a_step has them."""
-    alone = speed.in_own_process
     peak = lambda work, *args: 7 * 2**20 if work is speed.step_memory else alone(work, *args)
     monkeypatch.setattr(speed, "in_own_process", peak)
-    shapes = {"small": TINY, "ours-124M": TINY, "gpt2-124M": PEER}
+    shapes = {"small": TINY, "laptop": TINY, "ours-124M": TINY, "gpt2-124M": PEER}
     monkeypatch.setattr(speed, "SHAPES", shapes)
 
 
@@ -126,8 +126,7 @@ def test_the_shapes_compared_are_as_large_as_they_say():
 
 
 def test_gpt2_flops_are_counted_right(monkeypatch):
-    """6 N a token by PyTorch's counter with attention taken out, and 6 N + 12 L d T in the job's
-    other count."""
+    """6 N a token by PyTorch's counter with attention taken out; attention by its visible pairs."""
     shape = {"n_layer": 2, "n_head": 4, "d_model": 32, "vocab_size": 96}
     job = speed.Job("", shape, 1, 24, kind="gpt2")
     model = GPT2(**job.shape, length=24)
@@ -136,10 +135,9 @@ def test_gpt2_flops_are_counted_right(monkeypatch):
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
     assert counter.get_total_flops() == 6 * model.matmul_parameters() * 24
-    visible, everything = job.flops()
-    assert everything - 6 * model.matmul_parameters() == 12 * 2 * 32 * 24
     # on average half of the keys and one half
-    assert visible - 6 * model.matmul_parameters() == pytest.approx(12 * 2 * 32 * 25 / 2)
+    attention = job.flops() - 6 * model.matmul_parameters()
+    assert attention == pytest.approx(12 * 2 * 32 * 25 / 2)
 
 
 # Losses
@@ -187,7 +185,7 @@ def test_a_loss_goes_by_chunks_by_itself(monkeypatch):
 
 
 def test_training_table():
-    text = speed.measured("train", section("train", tables=tables(2, 24)), ARGS)
+    text = speed.measured(section("train", tables=tables(2, 24)), ARGS)
     assert text.startswith("2 x 24 tokens a step, forward and backward; medians of 1 turns")
     found = rows(text)
     assert list(found) == BOTH
@@ -212,7 +210,7 @@ def test_memory_table(monkeypatch):
     monkeypatch.setattr(
         speed.Job, "work", lambda job, device: built.append(job) or work(job, device)
     )
-    text = speed.measured("memory", section("memory", tables=tables(2, 24)), ARGS)
+    text = speed.measured(section("memory", tables=tables(2, 24)), ARGS)
     assert text.startswith("A vocabulary of 16,384. 2 x 24 tokens")
     assert {job.shape["vocab_size"] for job in built} == {16384}
     switches = [(job.whole, job.recompute) for job in built]
@@ -229,15 +227,56 @@ def test_memory_of_a_step():
     less."""
     job = speed.Job("", TINY | {"vocab_size": 2**15}, 1, 512)
     by_chunks, at_once = (
-        cost.in_own_process(speed.step_memory, replace(job, whole=whole), CPU)
-        for whole in (False, True)
+        alone(speed.step_memory, replace(job, whole=whole), CPU) for whole in (False, True)
     )
     assert at_once > 2**27 and by_chunks < 0.9 * at_once
+
+
+def test_a_long_prompt_takes_little_memory():
+    """16k tokens through the laptop model: the (t v) logits alone would be 134 MB, a (t s) mask 268
+    MB."""
+    job = speed.Job("", speed.DATA["shapes"]["laptop"], 1, 16384, task="prefill")
+    assert 0 < alone(speed.step_memory, job, CPU) < 200 * 2**20
+
+
+def test_cost_is_what_arithmetic_promises(monkeypatch):
+    """Cache bytes and FLOPs are exact; times are only there (what they are is the machine's
+    affair)."""
+    shape = {"n_layer": 4, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 16}
+    monkeypatch.setitem(speed.SHAPES, "laptop", shape | {"vocab_size": 32, "window": 8})
+    data = section("cost", new_tokens=3, tables=[{"task": "continue", "length": 64}])
+    jobs = {job.name: job for job in speed.jobs_of(data | data["tables"][0], ARGS)}
+    # rows x head width x (k, v) x float32, and a position each
+    full, promised = jobs["R"].cache()
+    assert full == 4 * 64 * 8 * 2 * 4 + 8 * 64 and promised == jobs["RN"].cache()[1] == 1
+    hybrid, promised = jobs["rrrN"].cache()
+    assert hybrid == (64 + 3 * 8) * 8 * 2 * 4 + 8 * (64 + 8)
+    assert promised == pytest.approx((1 + 3 * 8 / 64) / 4)
+    # 6 N a token, and 12 x width a visible pair
+    n = jobs["R"].model().matmul_parameters()
+    pairs = visible_pairs(64) + 3 * visible_pairs(64, 8)
+    assert jobs["rrrN"].flops() == pytest.approx(6 * n + 12 * 16 * pairs / 64)
+    assert jobs["R"].flops() == pytest.approx(6 * n + 12 * 16 * 4 * visible_pairs(64) / 64)
+    text = speed.measured(data, ARGS)
+    assert text.startswith("3 tokens after 1 x 64 tokens of context") and list(rows(text)) == [
+        *jobs
+    ]
+    assert rows(text)["rrrN"][-3:] == [f"{hybrid:,}", f"{hybrid / full:.3f}", f"{promised:.3f}"]
+
+
+def test_a_context_is_continued_as_a_stream_is():
+    """Every turn goes on with the text, and what the first says is what `decode` says."""
+    shape = TINY | {"vocab_size": 2**10}
+    job = speed.Job("", shape, 1, 40, task="continue", new_tokens=4)
+    work = job.work(CPU)
+    said = torch.cat([work(), work()], dim=1)
+    assert torch.equal(said, replace(job, task="decode", new_tokens=8).work(CPU)())
 
 
 NARROW = {"name": "rrrN, window 4", "config": {"window": 4}}
 WIDE = {"name": "rrrN, window 8", "config": {"window": 8}}
 FULL = {"name": "R", "config": {"pattern": "R"}}
+COSTS = {"tables": [{"task": task, "length": 40} for task in ("train", "prefill", "continue")]}
 CONTEXTS = {"models": [NARROW, WIDE, FULL], "tables": tables(2, 16) + tables(1, 32)}
 
 
@@ -248,31 +287,28 @@ CONTEXTS = {"models": [NARROW, WIDE, FULL], "tables": tables(2, 16) + tables(1, 
         ("decode", {"tables": tables(1, 12)}, BOTH),
         ("long", {"tables": tables(1, 64)}, BOTH),
         ("gpt2", {"length": 24}, ["ours, 124M", "GPT-2, 124M"]),
+        ("cost", COSTS, ["rrrN", "RN", "R"]),
         ("contexts", CONTEXTS, ["rrrN, window 4", "rrrN, window 8", "R"]),
     ],
 )
 def test_sections_that_compare_models(name, changes, expected):
     data = section(name, **changes)
-    text = speed.measured(name, data, ARGS)
+    text = speed.measured(data, ARGS)
     assert list(rows(text)) == expected
     assert text.count("GFLOP/s") == len(data["tables"])
 
 
-def test_decoding_after_a_long_context():
-    data = section("long-decode", length=40, config={"window": 8})
-    text = speed.measured("long-decode", data, ARGS)
-    assert list(rows(text)) == ["rrrN", "R"]
-
-
-def test_kernels():
-    data = section("kernels", length=96, windows=(8, 33), heads=(4, 2, 16))
-    text = speed.measured("kernels", data, ARGS)
-    cells = [
-        line.strip("| ").split(" | ") for line in text.splitlines() if line[:3] in ("| 8", "| 3")
-    ]
-    names = ["banded", "sdpa", "causal"]
-    assert [row[:2] for row in cells] == [[w, name] for w in ("8", "33") for name in names]
-    assert cells[2][3] == cells[5][3] == "1.00"
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernels_are_what_the_rows_say(device, monkeypatch):
+    """Each window by every kernel, which agree; their names say what runs."""
+    data = section("kernels", device, tables=tables(1, 96))
+    jobs = speed.jobs_of(data | data["tables"][0], ARGS)
+    assert {job.backend for job in jobs} >= {"banded", "sdpa"}
+    for job in jobs:
+        assert job.name == f"{job.backend}, window {ModelConfig(**job.shape).window:,}"
+        assert job.build(CPU)[0].backend == job.backend
+    if device == "cpu":  # FlexAttention has no backward pass there
+        assert list(rows(speed.measured(data, ARGS))) == [job.name for job in jobs]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -286,7 +322,7 @@ def test_contexts_have_as_many_tokens_and_their_flops(device):
         assert patterns == ["rrrN", "rrrN", "R"]
         for job in jobs[:-1]:
             assert job.name == f"rrrN, window {job.shape['window']:,}"
-        narrow, wide, full = (job.flops()[0] for job in jobs)
+        narrow, wide, full = (job.flops() for job in jobs)
         assert narrow < wide <= full
     assert wide < full  # of the longest
 
@@ -301,41 +337,6 @@ def test_what_is_compiled():
     ]
 
 
-def test_varlen_means_our_window(monkeypatch):
-    """Against a stand-in that counts as PyTorch documents: `left` keys before the query's own, no
-    grouping."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-
-    def stand_in(q, k, v, ends_q, ends_k, max_q, max_k, *, window_size):
-        assert q.shape == k.shape == v.shape and torch.equal(ends_q, ends_k) and window_size[1] == 0
-        out = []
-        for start, end in zip(ends_q[:-1], ends_q[1:]):
-            t = torch.arange(end - start)
-            seen = (t[:, None] >= t) & (t[:, None] - t <= window_size[0])
-            heads_first = (x[start:end].transpose(0, 1) for x in (q, k, v))
-            y = F.scaled_dot_product_attention(*heads_first, attn_mask=seen)
-            out.append(y.transpose(0, 1))
-        return torch.cat(out)
-
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    q, k, v = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
-    for window in (1, 5, 20):
-        expected = attend(q, k, v, window, "reference")
-        torch.testing.assert_close(speed.varlen(q, k, v, window), expected)
-
-
-def test_where_the_time_goes(corpus_folder):
-    flags = ["--data", str(corpus_folder), "--batch-tokens", "1024"]
-    flags += ["--eval-questions", "4", "--eval-tokens", "512"]
-    found = rows(speed.measured("job", section("job", flags=flags), ARGS))
-    step = {"forward", "backward", "Muon", "AdamW", "clipping", "data (made ahead, in a thread)"}
-    evaluation = {"evaluation: loss", "evaluation: needles", "the final needle table"}
-    assert set(found) == step | evaluation | {"all"}
-    seconds = {name: float(row[0].replace(",", "")) for name, row in found.items()}
-    total = seconds.pop("all")
-    assert sum(seconds.values()) == pytest.approx(total, abs=0.06 * len(seconds))
-
-
 # The check, and the command
 
 
@@ -348,7 +349,7 @@ def test_peers_that_disagree_are_not_timed(monkeypatch, capsys):
     for name in ("train", "forward"):
         monkeypatch.setitem(speed.SECTIONS, name, section(name, tables=tables(2, 24)))
         with pytest.raises(ValueError, match="do not say the same.*mean nothing"):
-            speed.measured(name, section(name), ARGS)
+            speed.measured(section(name), ARGS)
     with pytest.raises(SystemExit) as stop:
         speed.main(["train", "--device", "cpu"])
     error = capsys.readouterr().err.splitlines()
@@ -361,7 +362,7 @@ def test_tokens_that_differ_are_not_timed(monkeypatch):
     other = lambda *args, **more: ((token + 1) % 96 for token in real(*args, **more))
     monkeypatch.setattr(speed.engine, "stream", other)
     with pytest.raises(ValueError):
-        speed.measured("decode", section("decode", tables=tables(1, 12)), ARGS)
+        speed.measured(section("decode", tables=tables(1, 12)), ARGS)
 
 
 def test_nan_agrees_with_nothing():
@@ -369,16 +370,14 @@ def test_nan_agrees_with_nothing():
         speed.agree({"a": torch.tensor(1.0), "b": torch.tensor(float("nan"))}, 1)
 
 
-def test_the_file_keeps_its_other_sections(monkeypatch, tmp_path, capsys):
+def test_sections_are_printed_as_markdown(monkeypatch, capsys):
     monkeypatch.setattr(speed, "machine", lambda device: "AMD EPYC (TM) 9")
-    for text, names in (("first", ["kernels", "job"]), ("second", ["kernels"])):
-        monkeypatch.setattr(speed, "measured", lambda name, section, args: f"{name}\n{text}")
-        speed.main([*names, "--device", "cpu", "--out", str(tmp_path)])
-    written = (tmp_path / "speed-amd-epyc-tm-9.md").read_text()
-    assert written.startswith("# Speed on AMD EPYC (TM) 9\n") and written.count("\n## ") == 2
-    assert "kernels\nsecond\n" in written and "job\nfirst\n" in written
-    assert "kernels\nfirst\n" not in written
-    assert "`python -m lab.speed kernels --device cpu --out" in written
+    monkeypatch.setattr(speed, "measured", lambda section, args: section["shape"])
+    speed.main(["memory", "forward", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert out.startswith("Speed on AMD EPYC (TM) 9: torch ") and out.count("\n## ") == 2
+    assert "1 thread(s), CPU time.\n\n## Activation" in out
+    assert "\n## Forward\n\nLoad " in out and out.endswith(" before it. small\n")
 
 
 @pytest.mark.parametrize(
@@ -386,7 +385,6 @@ def test_the_file_keeps_its_other_sections(monkeypatch, tmp_path, capsys):
     [
         (["nonsense"], "'nonsense'"),
         (["--repeats", "0"], "--repeats 0"),
-        (["--out", "/proc/none"], "/proc/none"),
         (["--treads", "1"], "--threads"),
     ],
 )
