@@ -55,4 +55,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 512, 64)
     w = weights(q, k, torch.ones(512, 512, dtype=torch.bool).tril())[0, 0, 256:]
-    print(f"entropy of the last 256 rows: {-(w * w.clamp(min=1e-30).log2()).sum(-1).mean():.2f} bits")
+    print(
+        f"entropy of the last 256 rows: {-(w * w.clamp(min=1e-30).log2()).sum(-1).mean():.2f} bits"
+    )

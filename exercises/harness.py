@@ -142,6 +142,7 @@ def where(error: BaseException, path: Path | str) -> str:
 
 # torch's own names, as they are before a student's file is loaded: a file that replaces one of them
 # is told so, and nobody after it meets the replacement.
+seeded = torch.manual_seed
 WATCHED = (torch, torch.Tensor, nn, nn.Module, F, math)
 
 
@@ -159,6 +160,8 @@ def restore(before: list[dict]) -> str | None:
                 continue  # torch imports parts of itself when they are first used
             if isinstance(thing, ModuleType) and (name.startswith("__") or name not in old):
                 continue
+            if (thing, name) == (torch, "manual_seed"):  # torch wraps it when it first compiles
+                continue
             changed = f"{thing.__name__}.{name}"
             setattr(thing, name, old[name]) if name in old else delattr(thing, name)
         for name in old.keys() - now.keys():
@@ -169,7 +172,7 @@ def restore(before: list[dict]) -> str | None:
 
 def run(check: Check, mine: ModuleType, seed: int = 0) -> Result:
     """One check of a loaded file."""
-    torch.manual_seed(seed)
+    seeded(seed)
     status, message, before = "passed", "", state()
     try:
         check.run(mine)

@@ -100,7 +100,12 @@ def check_pairs(mine):
             "a query sees itself too": pairs_spec(length, window) - length,
             "a window beyond the length sees no more than there is": w * length - w * (w - 1) // 2,
         }
-        number(f"pairs({length}, {window})", mine.pairs(length, window), pairs_spec(length, window), near)
+        number(
+            f"pairs({length}, {window})",
+            mine.pairs(length, window),
+            pairs_spec(length, window),
+            near,
+        )
     length, window = 8192, 4096
     exact = window * length - window * (window - 1) // 2
     number(f"pairs({length:,}, {window:,})", mine.pairs(length, window), exact)
@@ -128,5 +133,9 @@ def check_cache(mine):
 @points(1)
 def check_answer(mine):
     """What rrrN computes of what R computes."""
-    hints = {0.812: "that is 8,192", 2.93: "the other way round: R over rrrN", 0.121: "that is one windowed layer"}
+    hints = {
+        0.812: "that is 8,192",
+        2.93: "the other way round: R over rrrN",
+        0.121: "that is one windowed layer",
+    }
     answer(mine.ANSWER, 0.341, 0.002, hints)
