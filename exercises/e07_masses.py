@@ -1,9 +1,9 @@
 """7. Where attention goes                                             25 minutes, 10 points
 
-What does each layer do? The paper's section 3 hides a needle in a long text, asks for it at the end,
-and adds up what the question's queries spend on four segments: the beginning (0), the needle (1),
-the rest of the text (2), question and answer (3). Entropy says how far a row is spread: 0 bits is one
-key, 3 bits are eight.
+What does each layer do? The paper's section 3 hides a needle in a long text, asks for it at the
+end, and adds up what the question's queries spend on four segments: the beginning (0), the needle
+(1), the rest of the text (2), question and answer (3). Entropy says how far a row is spread: 0 bits
+are one key, 3 bits are eight.
 
         segment   0 0 2 2 1 1 2 2 3 3        w (h t t), rows are queries
                                   |  \\

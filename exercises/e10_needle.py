@@ -1,8 +1,9 @@
 """10. Ask for a needle                                                20 minutes, 8 points
 
-Does a model find what stands far back? RULER's question in small: `# parse_buffer is 48213` is hidden
-in real text, and the text ends with `# parse_buffer is`. An answer counts when every token of it is
-the likeliest one. A mean over few examples is not sure of itself: its standard error says how much.
+Does a model find what stands far back? RULER's question in small: `# parse_buffer is 48213` is
+hidden in real text, and the text ends with `# parse_buffer is`. An answer counts when every token
+of it is the likeliest one. A mean over few examples is not sure of itself: its standard error says
+how much.
 
         tokens    .. is   4   8   2   1   3  \\n       the logits at place i
         answer    .. -1   0   0   0   0   0  -1       speak of token i + 1

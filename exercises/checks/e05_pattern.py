@@ -1,6 +1,6 @@
 """A model is a pattern."""
 
-from exercises.harness import Wrong, answer, number, plain, points, shown
+from exercises.harness import Wrong, answer, number, plain, points
 
 
 def pairs_spec(length: int, window: int | None) -> int:
