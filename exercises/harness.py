@@ -120,7 +120,10 @@ def load(exercise: str, path: Path) -> ModuleType:
     mine.__dict__["__file__"] = str(path)
     before = state()
     try:
-        exec(compile(own_code(tree, ast.parse(given)), str(path), "exec"), mine.__dict__)
+        exec(
+            compile(own_code(tree, ast.parse(given)), str(path), "exec", dont_inherit=True),
+            mine.__dict__,
+        )
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,16 @@ from data.corpus import DEFAULT_CORPUS, Corpus, load_corpus
 from data.needles import Needles
 from evaluate import NEEDLES, QUESTIONS, needle_score, validation_loss
 from model import ModelConfig, Transformer, require
+
+
+def measurement(function: Callable) -> Callable:
+    """A function that reads the command line, whose errors are one line."""
+
+    @wraps(function)
+    def called(*arguments):
+        guarded(lambda argv: function(*arguments))()
+
+    return called
 
 
 def opened(count: int) -> tuple[list[Transformer], Corpus]:
@@ -46,7 +57,7 @@ def single(needles: Needles, length: int, count: int) -> list:
     return [needles.task("single", rng, length, 0.5) for rng in seeds]
 
 
-@guarded
+@measurement
 @torch.inference_mode()
 def attention(masses: Callable, entropy: Callable, length: int = 2048, count: int = 4) -> None:
     """Exercise 7: where each layer's attention goes when a needle is asked for."""
@@ -80,7 +91,7 @@ def student(exercise: str, name: str) -> Callable:
     return called
 
 
-@guarded
+@measurement
 @torch.inference_mode()
 def whole(logits: Callable, length: int = 512, count: int = 8) -> None:
     """Exercise 9: the loss of the student's whole model, beside the project's. ValueError where
@@ -117,7 +128,7 @@ def whole(logits: Callable, length: int = 512, count: int = 8) -> None:
     )
 
 
-@guarded
+@measurement
 @torch.inference_mode()
 def needles(exact: Callable, error: Callable, lengths=(512, 2048), count: int = 16) -> None:
     """Exercise 10: two checkpoints, asked for needles at two lengths."""
@@ -135,7 +146,7 @@ def needles(exact: Callable, error: Callable, lengths=(512, 2048), count: int = 
         print(f"{length:>5,} tokens: {', '.join(scores)}; difference {means[0] - means[1]:.3f}")
 
 
-@guarded
+@measurement
 def extension(extend: Callable, length: int = 2048, count: int = 24) -> None:
     """Exercise 11: R at four times its length with and without the student's extension, and what a
     late change does to rrrN."""

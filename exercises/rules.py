@@ -11,17 +11,16 @@ from collections.abc import Iterator
 from types import ModuleType
 
 IMPORTS = set(
-    "torch torch.nn torch.nn.functional math einops dataclasses functools itertools typing "
-    "collections collections.abc __future__".split()
+    "torch torch.nn torch.nn.functional torch.autograd math einops dataclasses functools "
+    "itertools typing collections collections.abc __future__".split()
 )
 # Parts of these that may be used: no other module can be reached through an attribute.
 PARTS = set(
-    "torch.autograd torch.autograd.functional torch.fft torch.func torch.linalg torch.nn.init "
+    "torch.autograd.functional torch.fft torch.func torch.linalg torch.nn.init "
     "torch.nn.modules torch.special".split()
 )
 REFUSED = set(  # names of Python's own
-    "exec eval compile open globals locals vars getattr setattr delattr breakpoint input help "
-    "exit quit".split()
+    "exec eval compile open globals locals vars getattr setattr delattr breakpoint".split()
 )
 TORCH = set(  # of torch itself
     "load save compile from_file hub testing utils ops classes library overrides jit package "
@@ -289,10 +288,13 @@ def shape(function: ast.FunctionDef) -> str:
     function = ast.parse(ast.unparse(function)).body[0]
     if ast.get_docstring(function) is not None:
         function.body = function.body[1:]
-    numbers: dict[str, str] = {}
+    function.returns, numbers = None, {}
+    for node in ast.walk(function.args):
+        if isinstance(node, ast.arg):
+            node.annotation = None
     for node in ast.walk(function):
         if isinstance(node, ast.Name):
             node.id = numbers.setdefault(node.id, str(len(numbers)))
         if isinstance(node, ast.arg):
-            node.arg, node.annotation = numbers.setdefault(node.arg, str(len(numbers))), None
+            node.arg = numbers.setdefault(node.arg, str(len(numbers)))
     return " ".join(ast.dump(node) for node in function.body)

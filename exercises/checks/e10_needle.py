@@ -38,6 +38,10 @@ def share(right: Tensor, answer: Tensor, how, questions: list[int]) -> float:
     return float(torch.tensor([float(how(right[answer == q].float())) for q in questions]).mean())
 
 
+LATE = "the logits at place i speak of token i + 1"
+ONE = "every question counts: yours is the first, or the last, alone"
+
+
 def near_misses(logits: Tensor, tokens: Tensor, answer: Tensor) -> dict[str, float]:
     likeliest = logits.argmax(-1)
     right = torch.cat((torch.tensor([False]), likeliest[:-1] == tokens[1:]))
@@ -45,15 +49,17 @@ def near_misses(logits: Tensor, tokens: Tensor, answer: Tensor) -> dict[str, flo
     questions = [q for q in answer.unique().tolist() if q >= 0]
     halves = "a value half right is wrong: a whole answer counts, or nothing"
     return {
-        "the logits at place i speak of token i + 1": share(late, answer, torch.min, questions),
+        LATE: share(late, answer, torch.min, questions),
         halves: float(right[answer >= 0].float().mean()),
         halves + ".": share(right, answer, torch.mean, questions),
         halves + "..": share(right, answer, torch.max, questions),
         "-1 is no question": share(right, answer, torch.min, [-1, *questions]),
         "only answers are asked: yours looks at every token": float(right[1:].float().mean()),
-        "every question counts: yours is the first": share(right, answer, torch.min, questions[:1]),
-        "every question counts: yours is the last": share(right, answer, torch.min, questions[-1:]),
-        "every question counts: yours are right together or not": float(right[answer >= 0].all()),
+        ONE: share(right, answer, torch.min, questions[:1]),
+        ONE + ".": share(right, answer, torch.min, questions[-1:]),
+        "a share of the questions: yours are right together or not": float(
+            right[answer >= 0].all()
+        ),
         "a share, not a number of questions": len(questions)
         * share(right, answer, torch.min, questions),
         "the share that is right, not the share that is wrong": 1
@@ -78,6 +84,8 @@ def example(given: list[int], wrong: list[int], v: int = 12) -> tuple[Tensor, Te
 def compare(mine, what: str, given: list[int], wrong: list[int]) -> None:
     logits, tokens, asked = example(given, wrong)
     wanted, near = exact_spec(logits, tokens, asked), near_misses(logits, tokens, asked)
+    if max(given) > 0:
+        near.pop(LATE)  # it is known from one question; of several it has the values of others
     got = mine.exact(logits.clone(), tokens.clone(), asked.clone())
     number(f"exact, {what}", got, wanted, near)
 
@@ -87,7 +95,7 @@ def check_by_hand(mine):
     """One question: half right, wrong, right; everything else is guessed."""
     given = [-1, -1, -1, -1, 0, 0, 0, 0, -1]
     compare(mine, "the answer right", given, [])
-    compare(mine, "the answer right and all else wrong", given, [1, 2, 3, 8])
+    compare(mine, "the answer right, much else wrong", given, [1, 2, 8])
     compare(mine, "half the answer right", given, [5, 6])
     compare(mine, "the answer wrong", given, [4, 5, 6, 7])
     compare(mine, "the last digit wrong", given, [7])
@@ -97,7 +105,8 @@ def check_by_hand(mine):
 def check_specification(mine):
     """Several questions, of which some are right."""
     given = [-1, -1, 0, 0, -1, 1, 1, 1, -1, 2, -1, 3, 3]
-    compare(mine, "one of four wrong", given, [2])
+    compare(mine, "one of four wrong", given, [9])
+    compare(mine, "another of four wrong", given, [2])
     compare(mine, "two of four wrong", given, [3, 9])
     compare(mine, "three of four wrong", given, [2, 3, 6, 11])
     compare(mine, "all wrong", given, [2, 5, 9, 12])
@@ -109,7 +118,7 @@ def check_specification(mine):
 @points(2)
 def check_error(mine):
     """The standard error of the mean."""
-    for n in (2, 5, 16, 40):
+    for n in (5, 16, 2, 40):
         values = (torch.rand(n) + torch.arange(n) % 2).tolist()
         mean = sum(values) / n
         squares = sum((value - mean) ** 2 for value in values)

@@ -65,6 +65,8 @@ def check_future(mine):
         said = "sees the future: late keys change early queries; does a roll wrap around?"
         if type(before) is not Tensor or type(after) is not Tensor or before.shape != q.shape:
             continue  # the next check says so
+        if not before.isfinite().all():
+            continue
         if not (after[:, :, : t - 3] - before[:, :, : t - 3]).abs().max() < 1e-5:
             raise Wrong(said)
 
