@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from exercises.harness import BONUS, EXERCISES, HERE, LARGEST, Result, Wrong, ch
 
 START = 180  # seconds in which torch is imported
 WORK = "import sys; sys.path.insert(0, sys.argv[1]); from exercises.grade import work; work()"
-ELSEWHERE = {"checks", "solutions", "tests", "__MACOSX", "__pycache__"}  # of a whole clone
+ELSEWHERE = {"checks", "solutions", "tests", "venv", "__MACOSX", "__pycache__"}  # of a clone
 
 
 # In a student's process ---------------------------------------------------------------------------
@@ -113,7 +114,8 @@ def found(folder: Path) -> Student:
     student, candidates = Student(folder.name, {}), {}
     for root, folders, files in os.walk(folder):
         inside = Path(root)
-        folders[:] = sorted(name for name in folders if name not in ELSEWHERE)
+        looked = (name for name in folders if name not in ELSEWHERE and name[0] != ".")
+        folders[:] = sorted(looked)
         for name in sorted(files):
             path = inside / name
             if path.stem in EXERCISES and path.suffix == ".py":
@@ -168,8 +170,9 @@ def attempt(student: Student, names: list, place: Path, seed: int, seconds: floa
     lines: queue.Queue = queue.Queue()
 
     def read() -> None:
-        for line in process.stdout:
-            lines.put(json.loads(line))
+        with suppress(ValueError):  # half a line of a process that was stopped
+            for line in process.stdout:
+                lines.put(json.loads(line))
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()

@@ -300,7 +300,8 @@ def kept(*roots) -> tuple[int, int, int]:
     """What objects keep alive, wherever it hides: (bytes of tensors, a view's storage counted
     whole; the same without what a view does not show; bytes of all else)."""
     storages, views, other, seen, todo = {}, 0, 0, set(), list(roots)
-    names = {type(root).__module__ for root in roots}  # of the files whose storage it is
+    # The files whose storage it is, by name.
+    names = {getattr(root, "__name__", type(root).__module__) for root in roots}
     while todo:
         thing = todo.pop()
         if id(thing) in seen or foreign(thing, names):
@@ -326,6 +327,8 @@ def foreign(thing, names: set) -> bool:
         return not isinstance(thing, Mine)
     if isinstance(thing, dict):
         return "__build_class__" in thing  # the builtins
+    if thing is Mine:
+        return True
     if isinstance(thing, type | FunctionType):
         return thing.__module__ not in names
     return False

@@ -8,13 +8,15 @@ import importlib
 import io
 import json
 import re
+import shutil
 import sys
+import zipfile
 from contextlib import redirect_stdout
 from dataclasses import replace
 
 import pytest
 
-from exercises import grade
+from exercises import grade, handout, measure
 from exercises.conftest import table
 from exercises.harness import BONUS, EXERCISES, HERE, Result, Wrong, checks, load, run
 from exercises.rules import MAIN, is_spec
@@ -206,6 +208,11 @@ def test_trained_measurements_run(checkpoints, monkeypatch, capsys):
     for name in EXERCISES:
         solution = importlib.import_module(f"exercises.solutions.{name}")
         monkeypatch.setitem(sys.modules, f"exercises.{name}", solution)
+    few, hidden = measure.single, measure.held_out_examples
+    monkeypatch.setattr(measure, "single", lambda needles, length, n: few(needles, 512, 2))
+    monkeypatch.setattr(
+        measure, "held_out_examples", lambda n, t, _, *each: hidden(n, 512, 2, *each)
+    )
     hybrid, rope = checkpoints
     assert "layer 3 (NoPE, window none)" in measured("e07_masses", hybrid)
     yours, theirs = re.findall(r"(\d\.\d+)", measured("e09_model", hybrid))
@@ -221,6 +228,28 @@ def test_trained_measurements_run(checkpoints, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         measured("e10_needle", hybrid)
     assert "name 2 checkpoints" in capsys.readouterr().err
+
+
+def test_a_handout_is_measured_elsewhere(checkpoints, corpus_folder, tmp_path, monkeypatch, capsys):
+    """The zip of a corpus and a run, unpacked in another folder."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for place in (here, there):
+        place.mkdir()
+    shutil.copytree(corpus_folder, here / "corpora" / "stdlib")
+    shutil.copytree(checkpoints[0].parent, here / "out" / "hybrid")
+    (here / "out" / "hybrid" / "last" / "training.pt").write_bytes(b"state")
+    record = {"recipe": {"data": "corpora/stdlib"}}
+    (here / "out" / "hybrid" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+    monkeypatch.chdir(here)
+    handout.main(["out/hybrid", "--out", "class.zip"])
+    with zipfile.ZipFile("class.zip") as archive:
+        assert not [name for name in archive.namelist() if name.endswith("training.pt")]
+        archive.extractall(there)
+    monkeypatch.chdir(there)
+    few = measure.single
+    monkeypatch.setattr(measure, "single", lambda needles, length, n: few(needles, 512, 1))
+    assert "NoPE" in measured("e07_masses", "out/hybrid/last")
 
 
 # A class ------------------------------------------------------------------------------------------

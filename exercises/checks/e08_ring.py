@@ -173,6 +173,8 @@ def fed(mine, stream: Stream, chunks: tuple, length: int) -> int:
     while stream.length < length:
         for t in chunks:
             stream.extend(t, look=False)
+            if stream.length < length - 45:
+                continue
             held, seen, other = kept(stream.ring, mine)
             tokens = f"{held / token:.1f} tokens after {stream.length}, with window {stream.window}"
             if held > most >= seen:
