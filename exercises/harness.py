@@ -225,7 +225,7 @@ def same(
     if numbers and not equal(got, wanted):
         for said, miss in (near or {}).items():
             if not equal(miss, wanted) and equal(got, miss):
-                raise Wrong(said)
+                raise Wrong(said.rstrip("."))  # dots tell forms of one mistake apart
     if got.shape != wanted.shape:
         raise Wrong(f"{what} has the shape {tuple(got.shape)}; it should be {tuple(wanted.shape)}")
     if got.dtype != wanted.dtype:
@@ -270,7 +270,7 @@ def number(
     if not close(got, wanted, tolerance):
         for said, miss in (near or {}).items():
             if close(got, miss, tolerance) and not close(miss, wanted, tolerance):
-                raise Wrong(said)
+                raise Wrong(said.rstrip("."))  # dots tell forms of one mistake apart
         raise Wrong(f"{what} is {shown(got)}, the specification says {shown(wanted)}")
 
 

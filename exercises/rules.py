@@ -32,7 +32,8 @@ OUTWARD = set(
     "sys os builtins importlib import_module inspect pickle loads pkgutil runpy subprocess ctypes "
     "shutil pathlib threading multiprocessing socket tempfile traceback warnings linecache gc "
     "modules gi_frame gi_code cr_frame ag_frame f_back f_globals f_locals f_builtins tb_frame "
-    "tb_next".split()
+    "tb_next get_type_hints ForwardRef evaluate_forward_ref singledispatch "
+    "singledispatchmethod".split()  # annotations are evaluated
 ) | (TORCH - {"classes", "package"})
 DUNDERS = set(  # that may be defined; used as an attribute only the first
     "__init__ __slots__ __call__ __len__ __iter__ __getitem__ __post_init__ __repr__".split()
@@ -100,7 +101,7 @@ def import_rule(node: ast.AST, extra: dict, forbidden: set) -> str | None:
                 return f"imports {source}"
             elif alias.name == "*":
                 return f"imports * from {source}: name what you use"
-            elif alias.name in forbidden:
+            elif alias.name in forbidden | OUTWARD:
                 return f"uses {alias.name}"
             elif source != "__future__" and is_outside(member(source), alias.name):
                 return f"imports {alias.name} from {source}"

@@ -1478,6 +1478,11 @@ cheats(
         "import torch\nf = lambda module: module.sys.modules\nm = f(torch)\n",
         "uses module.sys",
     ),
+    through_an_annotation=(
+        "import typing\n\n\nclass A:\n    x: \"__import__('attention').rotate\"\n\n\n"
+        "rotate = typing.get_type_hints(A)['x']\n",
+        "uses typing.get_type_hints",
+    ),
     through_a_frame=("g = (i for i in 'a')\nf = g.gi_frame.f_back\n", "uses g.gi_frame"),
     through_a_dunder=("f = (lambda: 0).__globals__\n", "uses __globals__"),
     calls_the_specification=(
