@@ -101,8 +101,10 @@ def import_rule(node: ast.AST, extra: dict, forbidden: set) -> str | None:
                 return f"imports {source}"
             elif alias.name == "*":
                 return f"imports * from {source}: name what you use"
-            elif alias.name in forbidden | OUTWARD:
+            elif alias.name in forbidden:
                 return f"uses {alias.name}"
+            elif alias.name in OUTWARD:
+                return f"imports {alias.name} from {source}"
             elif source != "__future__" and is_outside(member(source), alias.name):
                 return f"imports {alias.name} from {source}"
     return None
