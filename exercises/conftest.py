@@ -9,6 +9,8 @@ RESULTS = pytest.StashKey[list]()
 
 def pytest_configure(config):
     config.stash[RESULTS] = []
+    if config.option.reportchars == "fE":  # the default, which says every message twice
+        config.option.reportchars = ""
 
 
 @pytest.fixture

@@ -255,7 +255,8 @@ def plain(what: str, got, *types: type) -> None:
     if got is None:
         raise Wrong(f"{what} is None: is there a `return`?")
     wanted = " or ".join(t.__name__ for t in types)
-    raise Wrong(f"{what} is of type {type(got).__name__}; it should be a plain {wanted}")
+    mend = " (.item() makes one)" if type(got) is Tensor and {int, float} & set(types) else ""
+    raise Wrong(f"{what} is of type {type(got).__name__}; it should be a plain {wanted}{mend}")
 
 
 def number(

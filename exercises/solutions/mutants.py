@@ -488,7 +488,7 @@ mutants(
     ("heads added", "one", "average over heads", SPENT, "w[:, segment == 3].mean(1).sum(0)"),
     ("nats", "bits", "entropy in nats", " / 0.6931471805599453", ""),
     ("negative", "bits", "not negative", "return torch.special", "return -torch.special"),
-    ("0 log 0", "zeros", "is nan", "torch.special.entr(rows)", "-(rows * rows.log())"),
+    ("0 log 0", "zeros", "0 log 0 is 0", "torch.special.entr(rows)", "-(rows * rows.log())"),
     (
         "entropy of the mean",
         "specification",
