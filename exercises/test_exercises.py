@@ -27,6 +27,8 @@ ALL = [
 
 @pytest.mark.parametrize("check", ALL)
 def test_exercise(check, results):
+    if not (FOLDER / f"{check.exercise}.py").is_file():
+        pytest.skip(f"{FOLDER} has no {check.exercise}.py")
     mine = loaded(check.exercise)
     if isinstance(mine, Wrong):
         first = check.name == checks(check.exercise)[0].name

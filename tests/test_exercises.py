@@ -7,8 +7,10 @@ import csv
 import importlib
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from contextlib import redirect_stdout
@@ -303,6 +305,33 @@ def test_a_class_comes_out(tmp_path, capsys):
     assert len(list(feedback.iterdir())) == 6
 
 
+def students_pytest(folder, *words):
+    """What `pytest exercises/` says of the files of a folder."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "exercises/", *words]
+    environment = os.environ | {"EXERCISES": str(folder)}
+    done = subprocess.run(
+        command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout
+
+
+def test_a_students_pytest(tmp_path):
+    """The first five minutes, a mistake, and the demonstration of the first lesson."""
+    status, said = students_pytest(HERE)
+    assert status == 0 and "61 skipped" in said, said
+    assert "  0 of 100 points; next: exercises/e01_rotate.py" in said
+
+    wrong = SOLUTIONS["e04_window"].replace("(distance < window)", "(distance <= window)")
+    for name, text in (SOLUTIONS | {"e04_window": wrong}).items():
+        if name != BONUS:
+            (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    status, said = students_pytest(tmp_path)
+    assert status == 1 and "Traceback" not in said
+    assert said.count("window off by one: your query sees window + 1 keys") == 2, said
+    assert "  e04_window     ############........   6 of  10   2 to mend" in said
+    assert "  96 of 100 points; next: exercises/e04_window.py" in said
+
+
 def test_the_table():
     """A bar an exercise, and the file to open next."""
     results = [Result("e01_rotate", c.name, c.points, "passed", "") for c in checks("e01_rotate")]
@@ -315,3 +344,7 @@ def test_the_table():
         "  e04_window     ....................   0 of  10   6 to mend",
         "  5 of 16 points; next: exercises/e01_rotate.py",
     ]
+    every = [
+        Result(c.exercise, c.name, c.points, "passed", "") for e in EXERCISES for c in checks(e)
+    ]
+    assert table(every).splitlines()[-1] == "  100 of 100 points (110 with the bonus)"
