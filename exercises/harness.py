@@ -111,10 +111,10 @@ def load(exercise: str, path: Path) -> ModuleType:
     if broken:
         raise Wrong(broken)
 
-    # Nobody else's module: in no sys.modules, and without the names that the rules refuse. Its name
-    # stands there for an empty one, since dataclasses look it up.
+    # Nobody else's module: in no sys.modules, and without the names that the rules refuse. While it
+    # runs its name stands there for an empty one, since dataclasses look it up.
     name = f"answer.{exercise}"
-    sys.modules.setdefault(name, ModuleType(name))
+    sys.modules[name] = ModuleType(name)
     mine = Mine(name)
     mine.__dict__["__builtins__"] = {k: v for k, v in vars(builtins).items() if k not in REFUSED}
     mine.__dict__["__file__"] = str(path)
@@ -129,6 +129,7 @@ def load(exercise: str, path: Path) -> ModuleType:
     except BaseException as error:  # SystemExit too
         raise Wrong(f"does not import: {where(error, path)}") from None
     finally:
+        del sys.modules[name]
         changed = restore(before)
     if changed:
         raise Wrong(f"the file changes {changed}")

@@ -194,7 +194,10 @@ def name_rule(node: ast.AST, forbidden: set) -> str | None:
             if name not in DUNDERS and not isinstance(node, ast.alias):
                 return f"uses {name}"
         if isinstance(node, ast.Name) and name.endswith("_spec"):
-            return f"uses {name}: the specification shows what to compute, it is not the answer"
+            return (
+                f"uses {name}: the specification shows what to compute, it is not the answer "
+                "(below `__main__` you may compare)"
+            )
         if isinstance(node, ast.Name) and (name in REFUSED or name in forbidden):
             return f"uses {name}"
     if isinstance(node, ast.MatchClass):  # `case object(sys=s)` reads an attribute
@@ -282,7 +285,7 @@ def copy_rules(tree: ast.Module, given: ast.Module) -> Iterator[tuple[int, str]]
     """A function that is a given specification under other names."""
     specs = {shape(node): node.name for node in given.body if is_spec(node)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and shape(node) in specs:
+        if isinstance(node, ast.FunctionDef) and not is_spec(node) and shape(node) in specs:
             yield node.lineno, f"copies {specs[shape(node)]}: write {node.name} in your own way"
 
 

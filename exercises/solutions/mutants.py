@@ -192,6 +192,21 @@ mutants(
     ),
     ("remembers everything", "bounded", "remembers", "w = self.window", "w = 10**6"),
     (
+        "remembers in a default argument",
+        "bounded",
+        "remembers",
+        "v: Tensor) -> tuple[Tensor, Tensor, Tensor]:\n",
+        "v: Tensor, all=[]) -> tuple[Tensor, Tensor, Tensor]:\n        all.append(k.clone())\n",
+    ),
+    (
+        "remembers as numbers",
+        "bounded",
+        "remembers everything",
+        "positions = torch.arange(first, first + k.shape[2])\n",
+        "positions = torch.arange(first, first + k.shape[2])\n"
+        "        self.all = (k.tolist(), self.all if first else None)\n",
+    ),
+    (
         "a slice keeps the chunk alive",
         "bounded",
         "clone() what you keep",
