@@ -148,7 +148,7 @@ def check_answer(mine):
     """What weight a query gives to the key that equals it, among 8,192."""
     hints = {
         0.0013: "that is 131,072",
-        0.9995: "that is without the norm, the query three times as long",
+        0.836: "that is without the norm, the query three times as long",
         1 / 8192: "that is uniform: the key that equals the query weighs more",
     }
     answer(mine.ANSWER, 0.0207, 0.001, hints)
