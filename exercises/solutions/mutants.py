@@ -1207,7 +1207,7 @@ def entropy(w, segment):
     return float(torch.xlogy(p, p).sum().neg() / p.shape[0] / torch.log(torch.tensor(2.0)))
 
 
-ANSWER = 0.2
+ANSWER = 0.46
 """,
     "bincount, and a small number in the logarithm": HEAD
     + """
@@ -1224,7 +1224,7 @@ def entropy(w, segment):
     return torch.stack(bits).mean().item()
 
 
-ANSWER = 0.9
+ANSWER = 0.46
 """,
     "a distribution's entropy": HEAD
     + """
@@ -1243,7 +1243,7 @@ def entropy(w, segment):
     return -(seen * seen.log()).sum(2).mean().item() / math.log(2)
 
 
-ANSWER = 0.5
+ANSWER = 0.46
 """,
 }
 
@@ -1281,7 +1281,7 @@ def logits(tokens, w, layers, sizes, parts):
     return F.linear(x, w["embed_tokens.weight"] * sizes["logit_scale"])
 
 
-ANSWER = 3.9
+ANSWER = 4.17
 """,
     "a row of the batch at a time, norms by hand": HEAD
     + """
@@ -1322,7 +1322,7 @@ def logits(tokens, w, layers, sizes, parts):
     return torch.stack([row(line, w, layers, sizes, parts) for line in tokens])
 
 
-ANSWER = 4.4
+ANSWER = 4.17
 """,
 }
 
@@ -1347,7 +1347,7 @@ def error(values):
     return math.sqrt(sum((x - mean) ** 2 for x in values) / (n * (n - 1)))
 
 
-ANSWER = 0.5
+ANSWER = 0.8
 """,
     "least of each question by scatter": HEAD
     + """
@@ -1365,7 +1365,7 @@ def error(values):
     return float((x.var() / x.numel()).sqrt())
 
 
-ANSWER = 1
+ANSWER = 0.8
 """,
 }
 
@@ -1393,7 +1393,7 @@ def extend(config, factor):
     return dataclasses.replace(config, rope_theta=config.rope_theta * factor ** (d / (d - 2)))
 
 
-ANSWER = 0.3
+ANSWER = 0.4
 """,
     "a copy of the hybrid": HEAD
     + """
@@ -1415,7 +1415,7 @@ def extend(config, factor: float):
     return replace(config, rope_factor=factor, rope_scaling="ntk")
 
 
-ANSWER = 0.6
+ANSWER = 0.4
 """,
 }
 
