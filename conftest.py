@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+collect_ignore = ["exercises"]  # `pytest exercises/` is for students; tests/ proves them
+
 
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory):
