@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from attention import Attention, KVCache, LayerSpec, Shared
+from fast.kernels import one_graph
 from model import MLP, Block, Transformer, check_settings, draw
 
 # A prompt is read by chunks, so that a long one never makes (t s) masks. Its first chunk is a whole
@@ -86,10 +87,9 @@ def stream(
         room = 1 << (room - 1).bit_length() if compiled else room  # each size is compiled
         cache = model.new_cache(len(tokens), room)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    step = token = None
+    make, step, token = (compiled_step if compiled else eager_step), None, None
     for _ in range(max_new_tokens):
         logits = step(token) if step else prefill(model, tokens, cache)
-        make = compiled_step if compiled else eager_step
         step = step or make(model, cache, max_new_tokens - 1)
         token = draw(logits, temperature, top_k, top_p, generator)
         if stop is not None:
@@ -166,9 +166,8 @@ def fingerprint(block: Block) -> list:
 def is_plain(block: nn.Module) -> bool:
     """Is the block ours to the letter? A wrapped, subclassed, quantized or hooked one is called."""
     parts = (block, getattr(block, "self_attn", None), getattr(block, "mlp", None))
-    if [type(part) for part in parts] != [Block, Attention, MLP]:
-        return False
-    if torch_module._has_any_global_hook():
+    kinds = [type(part) for part in parts]
+    if kinds != [Block, Attention, MLP] or torch_module._has_any_global_hook():
         return False
     for name, part in block.named_modules():
         plain = type(part) is nn.Linear and type(part.weight) is nn.Parameter
@@ -182,8 +181,10 @@ def is_plain(block: nn.Module) -> bool:
 
 def compiled_step(model: Transformer, cache: KVCache, count: int) -> Callable[[Tensor], Tensor]:
     """The same at shapes that never change."""
-    if cache.clock is None:
-        cache.fix_shapes()
+    cache.fix_shapes()
+    for x in (*cache.k, *cache.v, *cache.positions.values(), cache.clock):
+        # What a CUDA graph writes to has to stay where it is; a cache elsewhere is recorded anew.
+        torch._dynamo.mark_static_address(x, guard=False)
     run = compiled_logits(graphs=cache.k[0].is_cuda)
 
     def step(token: Tensor) -> Tensor:
@@ -195,6 +196,5 @@ def compiled_step(model: Transformer, cache: KVCache, count: int) -> Callable[[T
 
 @once
 def compiled_logits(graphs: bool) -> Callable[[Transformer, Tensor, KVCache], Tensor]:
-    mode = "reduce-overhead" if graphs else None
     logits = lambda model, token, cache: model(token[:, None], cache)[:, 0]
-    return torch.compile(logits, fullgraph=True, dynamic=False, mode=mode)
+    return one_graph(logits, dynamic=False, mode="reduce-overhead" if graphs else None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 class KVCache:
     """Keys (rotated) and values of every layer: of a full layer all, up to `max_length`, of a
-    windowed one the last `window`.
+    windowed one the last `window`. `plan` is its list of LayerSpec.
 
     Each layer is a ring of rows, position p in slot p mod rows; a full layer's ring never comes
     round. Every slot knows its absolute position (-1: empty), and the mask is made from positions,
@@ -20,20 +20,11 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        plan: list,  # of LayerSpec; the cache looks at their windows
-        batch_size: int,
-        n_kv_head: int,
-        head_dim: int,
-        max_length: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, plan, batch_size: int, n_kv_head: int, head_dim: int, max_length: int, device, dtype
     ):
         if batch_size < 1 or max_length < 1:
-            raise ValueError(
-                f"a cache of {batch_size} rows of {max_length} tokens holds nothing: "
-                "use 1 or more of both"
-            )
+            nothing = "holds nothing: use 1 or more of both"
+            raise ValueError(f"a cache of {batch_size} rows of {max_length} tokens {nothing}")
         self.plan, self.max_length, self.length = list(plan), max_length, 0
         self.rows = [self.ring(spec.window) for spec in plan]
         size = 2 * batch_size * n_kv_head * head_dim * sum(self.rows) * dtype.itemsize
@@ -42,12 +33,9 @@ class KVCache:
         if size > most:
             how = "ask for fewer tokens (--max-new-tokens) or rows (--samples)"
             raise ValueError(f"a cache of {batch_size} x {max_length} takes {size:,} bytes: {how}")
-
-        def empty() -> list[Tensor]:
-            shapes = [(batch_size, n_kv_head, rows, head_dim) for rows in self.rows]
-            return [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-
-        self.k, self.v = empty(), empty()
+        shapes = [(batch_size, n_kv_head, rows, head_dim) for rows in self.rows]
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.v = [torch.zeros_like(k) for k in self.k]
         # By the size of the ring: the position in each slot, and of the present step the slots that
         # its newest keys go to and the positions of the keys that its queries meet.
         self.positions = {rows: torch.full((rows,), -1, device=device) for rows in set(self.rows)}
@@ -74,10 +62,9 @@ class KVCache:
             self.slots[rows] = newest % rows
             if self.overflows(rows, t):
                 self.met[rows] = torch.cat((held[: min(self.length - t, rows)], q_pos))
-                held.index_copy_(0, self.slots[rows], newest)
             else:
-                held.index_copy_(0, self.slots[rows], newest)
                 self.met[rows] = held if self.is_whole(rows) else held[: self.length]
+            held.index_copy_(0, self.slots[rows], newest)
         return q_pos
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,10 +119,8 @@ class KVCache:
     def check_room(self, t: int) -> None:
         """ValueError where t more tokens do not fit."""
         if self.length + t > self.max_length:
-            raise ValueError(
-                f"the cache holds {self.max_length} tokens and has {self.length}: "
-                f"{t} more need a larger max_length"
-            )
+            held = f"the cache holds {self.max_length} tokens and has {self.length}"
+            raise ValueError(f"{held}: {t} more need a larger max_length")
 
     def reserve(self, t: int) -> None:
         """Count t more tokens. Raises ValueError, and changes nothing, when they do not fit."""

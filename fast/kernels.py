@@ -5,26 +5,21 @@ Every kernel here takes q (b h t d), k and v (b k s d) and returns (b h t d), as
 argument `visible`, so that causality and windows are defined in one place only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch._compile import _disable_dynamo
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-if TYPE_CHECKING:  # importing it brings the whole compiler along
-    from torch.nn.attention.flex_attention import BlockMask
-
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Visible = Callable[[Tensor, Tensor, "int | None"], Tensor]
 
 
-# ------------------------------------------------------------------------------------------------
-# Rotation
+# Rotation -----------------------------------------------------------------------------------------
 
 
 def rotate_complex(x: Tensor, table: Tensor) -> Tensor:
@@ -34,42 +29,52 @@ def rotate_complex(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
 
 
-# ------------------------------------------------------------------------------------------------
-# PyTorch's fused kernel
+# PyTorch's fused kernel ---------------------------------------------------------------------------
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Every query sees the keys where mask (t s) is True; without a mask it sees all of them."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal=False) -> Tensor:
+    """Queries see the keys where mask (t s) is True, `is_causal` those before them, else all."""
     b, h, t, d = q.shape
     group = h // k.shape[1]
 
     # Decoding: the queries of a group become the rows of one product with the keys they share.
     if t == 1:
         rows = q.reshape(b, h // group, group, d)
-        return F.scaled_dot_product_attention(rows, k, v, mask).reshape(b, h, 1, -1)
+        kernel = two_products if q.is_cuda else F.scaled_dot_product_attention
+        return kernel(rows, k, v, mask).reshape(b, h, 1, -1)
 
     if trains_in_bfloat16_on_cpu(q):
         with torch.autocast("cpu", enabled=False):
-            return sdpa(q.float(), k.float(), v.float(), mask).to(q.dtype)
+            return sdpa(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
 
-    # CUDA's masked kernels do not know groups: PyTorch would write out the (t s) scores.
-    if mask is not None and q.is_cuda and group > 1:
+    # CUDA's kernels know groups in half precision and without a mask: for others PyTorch would
+    # write out the (t s) scores. cuDNN takes half a second to plan for each new length of a cache,
+    # and its gradients under a mask are wrong at some lengths (pytorch#196678).
+    masked = q.is_cuda and mask is not None
+    if group > 1 and (masked or (q.is_cuda and q.dtype == torch.float32)):
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         group = 1
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=group > 1)
+    with sdpa_kernel(NOT_CUDNN) if masked else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, enable_gqa=group > 1)
+
+
+def two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """One token's attention on CUDA, whose fused kernels give a head's keys to one processor where
+    there is a mask: q (b k group d) -> (b k group d)."""
+    scores = q * q.shape[-1] ** -0.5 @ k.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).type_as(v) @ v
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     """Full causal attention of a whole sequence, t = s."""
-    h, t = q.shape[1:3]
-    if t == 1:
-        return sdpa(q, k, v)
     if trains_in_bfloat16_on_cpu(q):
         with torch.autocast("cpu", enabled=False):
             return causal(q.float(), k.float(), v.float(), visible).to(q.dtype)
-    if q.device.type == "cpu" and 64 < t <= 1024:
+    if q.device.type == "cpu" and 64 < q.shape[2] <= 1024:
         return causal_by_blocks(q, k, v, visible)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=h != k.shape[1])
+    return sdpa(q, k, v, is_causal=True)
 
 
 def causal_by_blocks(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
@@ -87,11 +92,11 @@ def causal_by_blocks(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tenso
 
 def trains_in_bfloat16_on_cpu(q: Tensor) -> bool:
     """PyTorch's backward pass takes three times as long in bfloat16 there as in float32."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return on_cpu and q.requires_grad and q.shape[2] > 1
 
 
-# ------------------------------------------------------------------------------------------------
-# Windows in blocks: any device, forward and backward
+# Windows in blocks: any device, forward and backward ----------------------------------------------
 
 
 def banded(q: Tensor, k: Tensor, v: Tensor, window: int, visible: Visible) -> Tensor:
@@ -137,22 +142,16 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, visible: Visible) -> Te
     return torch.cat((head, tail), dim=2)
 
 
-# ------------------------------------------------------------------------------------------------
-# FlexAttention
+# FlexAttention ------------------------------------------------------------------------------------
 
 
-@_disable_dynamo  # made outside of compiled code; torch.compiler.disable imports the compiler
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # evaluation may ask first, and training must save it for backward
-def flex_mask(
-    length: int, window: int | None, device: torch.device, visible: Visible, block: int = 128
-) -> BlockMask:
+def block_mask(length: int, window: int | None, device: torch.device, visible: Visible):
     """FlexAttention's block mask of `visible`, from block corners: (length / block)^2 work, not
     length^2. A pair of blocks is skipped, computed whole, or, where its corners disagree, masked
     element by element."""
-    from torch.nn.attention.flex_attention import BlockMask
+    from torch.nn.attention.flex_attention import BlockMask  # it brings the whole compiler along
 
-    reach = length if window is None else window
+    block, reach = 128, length if window is None else window
     start = torch.arange(0, length, block, device=device)
     q0, k0 = start[:, None], start[None, :]
     q1, k1 = q0 + block - 1, k0 + block - 1
@@ -173,26 +172,39 @@ def flex_mask(
     )
 
 
-@cache
-def compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
+# Evaluation may ask first, and training must save it for backward.
+kept_block_mask = lru_cache(maxsize=16)(torch.inference_mode(False)(block_mask))
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+def flex_mask(*what):
+    """`block_mask`, made once; in compiled code a part of its one graph."""
+    return (block_mask if torch.compiler.is_compiling() else kept_block_mask)(*what)
+
+
+def one_graph(function: Callable, **how) -> Callable:
+    """torch.compile, with an error where it would run anything uncompiled: after a break, or from
+    the ninth shape on, which is its limit of shapes unless raised."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, fullgraph=True, **how)
+
+
+compiled_once = cache(one_graph)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """FlexAttention, compiled on CUDA. On CPU PyTorch has its forward pass only: ValueError where a
     gradient is wanted."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            raise ValueError(
-                "backend 'flex' has no backward pass on CPU: train with 'banded' or 'sdpa'"
-            )
+            mend = "train with 'banded' or 'sdpa'"
+            raise ValueError(f"backend 'flex' has no backward pass on CPU: {mend}")
         # It refuses what could require a gradient, even where none is wanted.
         q, k, v = q.detach(), k.detach(), v.detach()
-    kernel = flex_attention
-    if q.is_cuda and not torch.compiler.is_compiling():
-        kernel = compiled_flex()
-    return kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    # Lengths may become symbolic, since prompts have many.
+    alone = q.is_cuda and not torch.compiler.is_compiling()
+    kernel = compiled_once(flex_attention) if alone else flex_attention
+    # Not the kernel for few queries, which torch chooses below 128 and for some groups has not.
+    how = {"block_mask": mask, "kernel_options": {"FORCE_USE_FLEX_ATTENTION": True}}
+    return kernel(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)

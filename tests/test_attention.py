@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
 import attention
@@ -23,7 +24,7 @@ from attention import (
     visible,
     visible_pairs,
 )
-from fast.kernels import flex_mask
+from fast.kernels import flex_mask, sdpa
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -363,6 +364,48 @@ def test_auto():
     # narrower than FlexAttention's kernels take
     assert choose_backend("auto", 16, 100, cuda, head_width=8) == "banded"
     assert choose_backend("reference", 16, 100, CPU, cached=True) == "reference"  # a name is itself
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on CUDA, as do all made from it."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window,backend", [(None, "sdpa"), (64, "sdpa"), (64, "banded")])
+def test_what_is_asked_of_cudas_fused_kernels(window, backend, dtype, monkeypatch):
+    """Groups with a mask or in float32 would go to the kernel that writes out all scores. cuDNN
+    plans for each length of a cache, and its gradients under a mask were wrong. The tokens are so
+    many that the CPU's own ways are out of it."""
+    asked, real = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, mask=None, dropout=0.0, is_causal=False, enable_gqa=False):
+        asked.append((mask is not None, enable_gqa, torch.backends.cuda.cudnn_sdp_enabled()))
+        return real(q, k, v, mask, dropout, is_causal, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q, k, v = (x.as_subclass(OnCuda) for x in qkv(1100, heads=(4, 2), d=8, dtype=dtype, grad=False))
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    expected = attend(q, k, v, window, "reference")
+    got = attend(q, k, v, window, backend)
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+    calls = len(asked)
+    assert calls > 0
+    for t in (64, 1):  # a chunk under a cache, and a token, which goes to none of them
+        k_pos = torch.arange(1100)
+        got = attend(q[:, :, -t:], k, v, window, "sdpa", k_pos[-t:], k_pos)
+        torch.testing.assert_close(got, expected[:, :, -t:], rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        sdpa(q[:, :, -1:], k, v),
+        attend(q[:, :, -1:], k, v, None, "reference", k_pos[-1:], k_pos),
+        rtol=0,
+        atol=tolerance,
+    )
+    assert len(asked) == calls + 1
+    for masked, grouped, cudnn in asked:
+        assert grouped == (not masked and dtype == torch.bfloat16)
+        assert cudnn != masked
 
 
 # Rotation

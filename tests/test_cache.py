@@ -4,6 +4,7 @@ and what is built on it."""
 import os
 import shutil
 from dataclasses import replace
+from functools import cache as cache_of
 from functools import partial
 
 import pytest
@@ -253,6 +254,8 @@ def test_a_cache_joins_the_model_through_its_plan():
         1,
         2,
         9,
+        "cpu",
+        torch.float32,
     )
     assert cache.rows == [4, 4, 9, 9] and set(cache.positions) == {4, 9}
 
@@ -488,6 +491,22 @@ def test_the_compiled_step_compiles_once():
     # monkeypatch would leave torch's config without the entry
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert torch.equal(write(), expected[:, 4:])
+
+
+def test_the_compiled_step_takes_more_caches_than_torchs_limit_of_shapes(monkeypatch):
+    """Each cache of another size is compiled anew, the ninth too; and what a CUDA graph would write
+    to is marked as staying where it is."""
+    model, compile = tiny("rN"), engine.one_graph
+    traced = lambda function, **how: compile(function, backend="eager", dynamic=False)
+    monkeypatch.setattr(engine, "one_graph", traced)
+    monkeypatch.setattr(engine, "compiled_logits", cache_of(engine.compiled_logits.__wrapped__))
+    expected = list(stream(model, text(1, 3), 4))
+    for room in range(8, 18):
+        cache = model.new_cache(1, room)
+        assert list(stream(model, text(1, 3), 4, cache=cache, compiled=True)) == expected
+    written = (*cache.k, *cache.v, *cache.positions.values(), cache.clock)
+    assert all(x._dynamo_static_input_type == "unguarded" for x in written)
+    torch._dynamo.reset()
 
 
 def test_the_compiled_step_knows_the_end(monkeypatch):

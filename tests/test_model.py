@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import attention
 import fast.loss as loss_module
 from attention import LayerSpec, rotary_table, rotate, scaled_frequencies
+from fast.kernels import one_graph
 from model import ModelConfig, Transformer, layer_plan
 
 V = 23
@@ -718,16 +719,43 @@ def test_generate_refuses(message, tokens, more):
 
 
 def test_a_compiled_loss_at_one_length_after_another():
-    """As `train.py --compile` goes from phase to phase: the second length is where dynamo makes
-    lengths symbolic."""
-    model = tiny("rN")
-    loss = torch.compile(model.loss, backend="eager")
+    """As `train.py --compile` goes from phase to phase: a graph for each length, and no symbols."""
+    model, traced = tiny("rN"), []
+    trace = lambda graph, _: traced.append(graph) or graph
+    loss = one_graph(model.loss, backend=trace, dynamic=False)
     for t in (70, 140, 300, 1100, 70):
         tokens = text(1, t)
         compiled, eager = (
             gradients(model, f(tokens[:, :-1], tokens[:, 1:])) for f in (loss, model.loss)
         )
         torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-11)
+    assert len(traced) == 4 and not any("sym_size" in graph.code for graph in traced)
+    torch._dynamo.reset()
+
+
+def test_a_block_mask_is_part_of_the_compiled_graph():
+    """FlexAttention's, which CUDA's windows have: no break, and rotation by real numbers."""
+    model, tokens, graphs = tiny("rN").requires_grad_(False), text(2, 300), []
+    model.backend = "flex"
+    trace = lambda graph, _: graphs.append(graph) or graph
+    loss = one_graph(model.loss, backend=trace, dynamic=False)
+    for _ in range(2):
+        got = loss(tokens[:, :-1], tokens[:, 1:])
+        torch.testing.assert_close(got, model.loss(tokens[:, :-1], tokens[:, 1:]))
+    assert len(graphs) == 1 and "view_as_complex" not in graphs[0].code
+    torch._dynamo.reset()
+
+
+def test_one_graph_compiles_more_shapes_than_torchs_limit_or_says_so():
+    traced = []
+    trace = lambda graph, _: traced.append(graph) or graph
+    double = one_graph(lambda x: 2 * x, backend=trace, dynamic=False)
+    for n in range(2, 14):
+        double(torch.zeros(n))
+    assert len(traced) == 12
+    with torch._dynamo.config.patch(recompile_limit=1):
+        with pytest.raises(Exception, match="fullgraph"):
+            double(torch.zeros(100))
     torch._dynamo.reset()
 
 
@@ -735,7 +763,7 @@ def test_a_compiled_loss_is_one_graph_and_guards_on_nothing_hidden():
     """The second step, a new configuration that changes no layer, and evaluation between the steps
     trace nothing anew."""
     model, traced = tiny("rrrN"), []
-    loss = torch.compile(model.loss, backend=lambda graph, _: traced.append(graph) or graph)
+    loss = one_graph(model.loss, backend=lambda graph, _: traced.append(graph) or graph)
     tokens = text(2, 40)
     for trained_length in (None, None, 40):
         model.config = replace(model.config, trained_length=trained_length)
