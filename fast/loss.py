@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Elements (rows v) of logits that stand in memory at a time; on CPU what its cache holds.
-LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**27}
 LEAST_ROWS = 256  # each chunk also adds to the whole (v c) gradient of the output matrix
 
 
@@ -35,24 +35,28 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, matrix, targets, weights, scale, wanted) -> Tensor:
-        counted = targets != -100
-        targets = targets.masked_fill(~counted, 0)
-        weights = (weights * counted).to(torch.promote_types(hidden.dtype, torch.float32))
-        matrix = matrix.to(hidden.dtype)
-        total = torch.zeros((), device=hidden.device, dtype=weights.dtype)
+        device, wide = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
+        weights = (weights * (targets != -100)).to(wide)
+        targets = targets.clamp(min=0)
+        autocast = torch.is_autocast_enabled(device.type)  # which would cast for each chunk
+        matrix = matrix.to(torch.get_autocast_dtype(device.type) if autocast else hidden.dtype)
+        total = torch.zeros((), device=device, dtype=wide)
         d_hidden = torch.empty_like(hidden) if wanted else None
-        d_matrix = torch.zeros_like(matrix, dtype=weights.dtype) if wanted else None
-        at_once = LOGITS_AT_ONCE.get(hidden.device.type, 2**26)
-        rows = max(at_once // matrix.shape[0], LEAST_ROWS)
+        d_matrix = torch.zeros_like(matrix, dtype=wide) if wanted else None
+        columns = torch.arange(len(matrix), device=device)
+        rows = max(LOGITS_AT_ONCE.get(device.type, 2**26) // len(matrix), LEAST_ROWS)
         for i in range(0, len(hidden), rows):
             h, y, w = hidden[i : i + rows], targets[i : i + rows], weights[i : i + rows]
-            logp = F.linear(scale * h, matrix).to(w.dtype).log_softmax(-1)
+            logp = F.linear(scale * h, matrix).to(wide).log_softmax(-1)
             # Not `total +=`: torch 2.11 would compile that to gradients of zero.
             total = total + F.nll_loss(logp, y, reduction="none").dot(w)
             if wanted:
                 d_logits = logp.exp_()
-                d_logits[torch.arange(len(y), device=y.device), y] -= 1
-                d_logits = d_logits.mul_((scale * w)[:, None]).to(h.dtype)
+                if torch.compiler.is_compiling():  # the same, in one pass with what is around it
+                    d_logits = torch.where(columns == y[:, None], d_logits - 1, d_logits)
+                else:
+                    d_logits[torch.arange(len(y), device=device), y] -= 1
+                d_logits = d_logits.mul_((scale * w)[:, None]).to(matrix.dtype)
                 d_hidden[i : i + rows] = d_logits @ matrix
                 d_matrix += d_logits.T @ h
         ctx.save_for_backward(d_hidden, d_matrix)

@@ -11,30 +11,30 @@ class Muon(torch.optim.Optimizer):
     through together, and on CPU in float32: bfloat16, which torch's own insists on, is some fifteen
     times slower on a CPU without bfloat16 units."""
 
-    def __init__(
-        self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
-    ):
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                nesterov = p.grad.lerp(momentum, group["momentum"])
-                updates.setdefault(p.shape, []).append((p, nesterov))
-            for shape, pairs in updates.items():
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, weights in shapes.items():
+                for p in weights:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                grads = [p.grad for p in weights]
+                momenta = [self.state[p]["momentum_buffer"] for p in weights]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
                 # The size of AdamW's updates, so that both take one learning rate.
                 rms = 0.2 * math.sqrt(max(shape))
-                directions = orthogonalise(torch.stack([update for _, update in pairs]))
-                for (p, _), direction in zip(pairs, directions):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(direction, alpha=-group["lr"] * rms)
+                directions = orthogonalise(torch.stack(nesterov)).unbind()
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, directions, alpha=-group["lr"] * rms)
 
 
 def orthogonalise(g: Tensor) -> Tensor:
