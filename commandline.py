@@ -204,6 +204,7 @@ def choose_device(name: str | None):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # evaluation, too, on tensor cores
         return device, torch.cuda.is_bf16_supported(including_emulation=False)
     units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device, device.type == "cpu" and units

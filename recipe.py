@@ -305,10 +305,10 @@ def command_line(description: str | None) -> CommandLine:
     add("--init", "start from these weights", type=Path, metavar="CHECKPOINT")
     count = {"type": partial(flag_value, int), "metavar": "INT"}
     add("--max-steps", "stop after so many, the schedule unchanged; 0 only evaluates", **count)
-    add("--micro-batch", "tokens per forward and process (default: all there are)", **count)
+    add("--micro-batch", "tokens per forward and process (default: what fits)", **count)
     add("--device", "cuda, cpu or mps (default: cuda where there is one, else cpu)")
     add("--backend", "the windowed layers' kernel (default: auto)", choices=BACKENDS)
-    add("--compile", "torch.compile (default: on CUDA)", action=switch)
+    add("--compile", "torch.compile (default: on CUDA where it pays)", action=switch)
     for f in (*fields(Recipe), *fields(ModelConfig)):
         if f.name in ("model", "phase", "vocab_size", "trained_length"):
             continue  # tables, and what the corpus and the training decide

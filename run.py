@@ -46,7 +46,7 @@ class Run:
     model: Transformer
     device: torch.device
     bf16: bool = False
-    compile: bool = False
+    compile: bool | None = None  # None, and a micro-batch of 0: device.settle decides
     micro_batch: int = 0  # tokens
     max_steps: int = 0
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
@@ -103,8 +103,8 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
     model.recompute = recipe.recompute
     run = Run(recipe, name, out, corpus, needles, model.train(), device)
     run.bf16 = native_bf16 if recipe.bf16 is None else recipe.bf16
-    run.compile = options.get("compile", device.type == "cuda")
-    run.micro_batch = options.get("micro_batch", recipe.batch_tokens)
+    run.compile = options.get("compile")
+    run.micro_batch = options.get("micro_batch", 0)
     run.max_steps = min(options.get("max_steps", recipe.steps), recipe.steps)
     return run, resuming
 

@@ -25,7 +25,9 @@ from attention import choose_backend
 from commandline import guarded, is_out_of_memory, unheard
 from data.batches import Batch, held_out_examples, prefetch, training_batch
 from data.needles import Needles
+from device import settle
 from evaluate import needle_score, needle_table, validation_loss
+from fast.kernels import one_graph
 from fast.muon import Muon
 from model import Transformer, layer_plan
 from recipe import Recipe, Stage
@@ -51,7 +53,7 @@ def train(run: Run) -> None:
     recipe, model = run.recipe, run.model
     held_out = run.needles and Needles(run.corpus.tokenizer, run.corpus.val, evaluation=True)
     announce(run)
-    loss = torch.compile(model.loss) if run.compile else model.loss
+    loss = one_graph(model.loss, dynamic=False) if run.compile else model.loss
     log = Log(run.log, run.step)
     steps = range(run.step, run.max_steps)
     hidden = None if steps and parallel.RANK == 0 else True  # None: shown on a terminal
@@ -60,7 +62,7 @@ def train(run: Run) -> None:
     )
 
     batches = prefetch(lambda step: batch_of(run, step), steps)
-    seconds = tokens = 0.0
+    seconds, tokens, timed = 0.0, 0, set()
     for step, batch in zip(steps, batches):
         stage = recipe.stage_at(step)
         model.config = stage.config  # a phase may change how positions are treated
@@ -82,8 +84,12 @@ def train(run: Run) -> None:
         length = batch.tokens.shape[1]
         entry = {"step": run.step, "loss": value, "lr": stage.rate(step), "grad_norm": norm}
         log.write(**entry, length=length, seconds=took)
-        seconds, tokens = seconds + took, tokens + batch.tokens.numel()
-        speed = f"{tokens / seconds:,.0f} tokens/s, MFU {mfu(run, length, tokens / seconds)}"
+        shape = stage.start, length
+        if shape in timed or not run.compile:  # its first step was spent in the compiler
+            seconds, tokens = seconds + took, tokens + batch.tokens.numel()
+        timed.add(shape)
+        rate = tokens / max(seconds, 1e-9)
+        speed = f"{rate:,.0f} tokens/s, MFU {mfu(run, length, rate)}"
         bar.set_postfix_str(f"loss {value:.3f}, {speed}", refresh=False)
         bar.update()
 
@@ -118,7 +124,7 @@ def update(run: Run, batch: Batch, loss_of: Callable, lr: float) -> tuple[float,
         total += loss.detach()
     parallel.add_up(total, run.model)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
-    value, norm = total.item(), norm.item()
+    value, norm = torch.stack((total, norm)).tolist()  # the step's one wait for the device
     if math.isfinite(value + norm):
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
@@ -168,6 +174,9 @@ def announce(run: Run) -> None:
         precision += " (no native bfloat16)"
     count = sum(p.numel() for p in run.model.parameters())
     print(f"{run.out}: {count:,} parameters on {where}, {precision}")
+    settled = settle(run)
+    if run.compile or run.device.type == "cuda":
+        print(settled)
     train, val = len(run.corpus.train), len(run.corpus.val)
     hash = run.corpus.hash
     print(f"corpus {recipe.data} ({hash}): {train:,} tokens to train on, {val:,} to validate")

@@ -155,6 +155,41 @@ def test_micro_batches_add_up_to_the_batch(run, tmp_path, corpus_folder, tiny):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
 
 
+def test_the_compilers_time_is_not_the_models(run, tmp_path, monkeypatch):
+    """A first step at a length takes half a second longer, and no rate on the bar knows it."""
+    rates, met = [], set()
+
+    def compiled(loss, **how):
+        def slow_at_first(tokens, *rest):
+            if tokens.shape not in met:
+                time.sleep(0.5)
+            met.add(tokens.shape)
+            return loss(tokens, *rest)
+
+        return slow_at_first
+
+    monkeypatch.setattr(train, "one_graph", compiled)
+    monkeypatch.setattr(train, "mfu", lambda run, length, rate: rates.append(rate))
+    run("--out", "x", "--compile", "--max-steps", "6")
+    assert rates[0] == 0 and len(rates) == 6
+    assert min(rates[1:]) > 512 / 0.5
+
+
+def test_a_resume_loads_to_the_cpu(run, monkeypatch):
+    """load_state_dict moves momenta to the weights' device; AdamW's counters of steps it leaves
+    where they are, and on a GPU each would be waited for."""
+    run("--out", "x", "--max-steps", "2")
+    places, load = [], torch.load
+
+    def spy(*args, map_location=None, **more):
+        places.append(map_location)
+        return load(*args, map_location=map_location, **more)
+
+    monkeypatch.setattr(torch, "load", spy)
+    run("--resume", "x", recipe=None)
+    assert places == ["cpu"]
+
+
 def test_a_batch_is_a_function_of_seed_and_step(corpus_folder):
     corpus = load_corpus(corpus_folder)
     needles = Needles(corpus.tokenizer, corpus.train, evaluation=False)

@@ -1,0 +1,56 @@
+"""What the command line may leave to the device: whether to compile, and how many tokens at once.
+
+Both by arithmetic, so that the first step neither waits for a compiler that cannot earn its time
+back nor runs out of memory.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from parallel import RANKS
+from recipe import Recipe
+from run import Run
+
+# Training FLOPs a graph from which compiling pays: half a minute of an H100 at a third of its peak
+# is about what the compiler takes. Not measured on one yet.
+COMPILING_PAYS = 1e16
+MOST_AT_ONCE = 2**17  # tokens; larger products are no faster
+
+
+def settle(run: Run) -> str:
+    """Decide what `run` leaves open, and say so in a line."""
+    recipe, cuda, parameters = run.recipe, run.device.type == "cuda", run.model.matmul_parameters()
+    ahead = [stage for stage in recipe.stages() if run.step < stage.end]
+    # Each length, and each treatment of positions, is a graph of its own.
+    treated = [(replace(stage.config, trained_length=None), stage.lengths) for stage in ahead]
+    shapes = len({(config, length) for config, lengths in treated for length in lengths})
+    work = 6 * parameters * recipe.batch_tokens * (run.max_steps - run.step) / RANKS
+    if run.compile is None:
+        run.compile = cuda and work > COMPILING_PAYS * shapes
+    if run.micro_batch == 0:
+        run.micro_batch = recipe.batch_tokens
+        if cuda:
+            free, _ = torch.cuda.mem_get_info(run.device)
+            run.micro_batch = fitting(recipe, parameters, free, run.compile, run.bf16)
+    how = f"{work:.1e} FLOPs ahead in {shapes} shapes; from {COMPILING_PAYS:.0e} a shape it pays"
+    compiled = "compiled" if run.compile else "not compiled"
+    return f"{compiled} ({how}), micro-batches of {run.micro_batch:,} tokens"
+
+
+def fitting(recipe: Recipe, parameters: int, free: float, compiled: bool, bf16: bool) -> int:
+    """Tokens of a micro-batch: a process's share of a step, halved until they are no more than
+    MOST_AT_ONCE and fit into nine tenths of the `free` bytes."""
+    c = recipe.model
+    # What a layer keeps of a token for the backward pass, in bytes: the stream, its norm and what
+    # is written to it; gate, up and their product; q, k and v, before and after the rotation.
+    # torch's allocator counts a twentieth less; of eager code a quarter more.
+    layer = 8 * c.d_model + 6 * c.d_ff + (6 * c.n_head + 8 * c.n_kv_head) * c.head_width
+    layer *= (1 if compiled else 4 / 3) * (1 if bf16 else 2)
+    token = layer + c.n_layer * (4 * c.d_model if recipe.recompute else layer)
+    fixed = 20 * parameters + 2**31  # weights, gradients and the optimizers' states; logits
+    most = min(MOST_AT_ONCE, (0.9 * free - fixed) / token)
+    tokens = recipe.batch_tokens // RANKS
+    while tokens > max(most, 1):
+        tokens = -(-tokens // 2)
+    return tokens
