@@ -157,19 +157,16 @@ def block_mask(length: int, window: int | None, device: torch.device, visible: V
     q1, k1 = q0 + block - 1, k0 + block - 1
     some = (k0 <= q1) & (q0 - k1 < reach)
     whole = (k1 <= q0) & (q1 - k0 < reach)
-
-    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts and indices of each row's chosen key blocks, these first."""
-        order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
-        return blocks.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
-
-    return BlockMask.from_kv_blocks(
-        *listed(some & ~whole),
-        *listed(whole),
-        BLOCK_SIZE=block,
-        mask_mod=lambda b, h, q, k: visible(q, k, window),
-        seq_lengths=(length, length),
-    )
+    masked, lists = some & ~whole, []
+    for chosen in (masked, whole, masked.T.contiguous(), whole.T.contiguous()):
+        # Counts and indices of each row's chosen blocks, these first. Not by sorting: to compile
+        # that takes minutes.
+        count = chosen.sum(-1, keepdim=True)
+        place = torch.where(chosen, chosen.cumsum(-1), count + (~chosen).cumsum(-1)) - 1
+        order = torch.zeros_like(place).scatter_(-1, place, (start // block).expand_as(place))
+        lists += [count[None, None, :, 0].int(), order[None, None].int()]
+    seen = lambda b, h, q, k: visible(q, k, window)
+    return BlockMask((length, length), *lists, BLOCK_SIZE=(block, block), mask_mod=seen)
 
 
 # Evaluation may ask first, and training must save it for backward.

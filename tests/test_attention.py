@@ -276,6 +276,21 @@ def test_flex_mask_equals_torchs(t, window):
     # the transposed lists, for the backward pass
     queries = [mask.q_num_blocks + mask.full_q_num_blocks for mask in (ours, torchs)]
     assert torch.equal(*queries)
+    for kind in ("", "full_"):
+        by_row, by_column = (
+            {
+                (i, j)
+                for i, (n, row) in enumerate(
+                    zip(
+                        getattr(ours, f"{kind}{side}_num_blocks")[0, 0].tolist(),
+                        getattr(ours, f"{kind}{side}_indices")[0, 0].tolist(),
+                    )
+                )
+                for j in row[:n]
+            }
+            for side in ("kv", "q")
+        )
+        assert by_row == {(i, j) for j, i in by_column}
 
 
 @pytest.mark.parametrize(
