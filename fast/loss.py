@@ -37,7 +37,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, matrix, targets, weights, scale, wanted) -> Tensor:
         device, wide = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
         weights = (weights * (targets != -100)).to(wide)
-        targets = targets.clamp(min=0)
+        targets = targets.masked_fill(targets == -100, 0)
         autocast = torch.is_autocast_enabled(device.type)  # which would cast for each chunk
         matrix = matrix.to(torch.get_autocast_dtype(device.type) if autocast else hidden.dtype)
         total = torch.zeros((), device=device, dtype=wide)
