@@ -144,6 +144,8 @@ def kernel_for(
 
     Raises ValueError where a backend cannot do what is asked; nothing falls back in silence.
     """
+    if window is not None and window < 1:
+        raise ValueError(f"window {window} sees nothing: a query sees itself, so use 1 or more")
     backend = choose_backend(backend, window, t, device, cached=q_pos is not None)
     if backend in ("banded", "flex") and q_pos is not None:
         raise ValueError(f"backend {backend!r} takes whole sequences: use 'sdpa' or 'reference'")
@@ -185,8 +187,6 @@ def attend(
     h, heads, t = q.shape[1], k.shape[1], q.shape[2]
     if h % heads:
         raise ValueError(f"{h} query heads cannot share {heads} key/value heads: use a divisor")
-    if window is not None and window < 1:
-        raise ValueError(f"window {window} sees nothing: a query sees itself, so use 1 or more")
     check_positions(q, k, q_pos, k_pos)
     backend = choose_backend(backend, window, t, q.device, q_pos is not None, q.shape[3])
     return kernel_for(window, t, q.device, backend, q_pos, k_pos)(q, k, v)

@@ -564,7 +564,8 @@ def verify_checksums(folder: Path) -> None:
             if name not in found:
                 raise FileNotFoundError(f"{file} not found: copy it from where it came")
             if found[name] != digest:
-                raise ValueError(f"{file} is damaged: its checksum is another")
+                mend = f"copy it again, or remove {CHECKSUMS} if you have changed it"
+                raise ValueError(f"{file} is damaged, its checksum is another: {mend}")
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -36,7 +36,7 @@ class CommandLine(argparse.ArgumentParser):
                     self.unknown(flag)
                 words[i] = flag + equals + value
         args, extra = self.parse_known_args(words)
-        for word in extra:
+        for word in filter("--".__ne__, extra):
             if word.startswith("-"):
                 self.unknown(word)
             raise ValueError(f"unexpected argument {word!r}; --help shows what is understood")
@@ -55,8 +55,9 @@ def fail(error: BaseException | str, alone: bool = False) -> NoReturn:
     if int(os.environ.get("RANK", 0)) > 0 and not alone:
         sys.exit()
     line = " ".join(str(error).split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     print(
-        "error:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr
+        "error:", line if len(line) < 2000 else f"{line[:1400]} ... {line[-500:]}", file=sys.stderr
     )
     sys.exit(2)
 
@@ -86,9 +87,11 @@ def guarded(main: Callable) -> Callable:
         except (ValueError, OSError, FloatingPointError) as error:
             fail(error)
         except (MemoryError, RuntimeError) as error:
+            if "probability tensor" in str(error):  # torch.multinomial's
+                fail("the logits are not finite: the weights are damaged, or their training was")
             if not is_out_of_memory(error):
                 raise
-            less = "ask for less: --micro-batch, --d-model, --samples, --max-new-tokens"
+            less = "ask for less: --micro-batch, --d-model, --d-ff, --samples, --max-new-tokens"
             fail(
                 f"out of memory: {error}: {less}" if str(error) else f"out of memory: {less}", True
             )
@@ -100,11 +103,36 @@ def guarded(main: Callable) -> Callable:
     return command
 
 
+def last_words(kind: type, error: BaseException, trace) -> None:
+    """An interrupt while modules are imported, before any guard stands, is one line too: train.py
+    and sample.py import this one first."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("error: interrupted", file=sys.stderr)  # Python then ends as by the signal: 130
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = last_words
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Has memory run out? PyTorch says so by its own class on a GPU, in words on a CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Whatever the bytes of a checkpoint's file provoke within it is a ValueError that names the
+    file, but for want of memory."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        mend = f"start another run with --init {path.parent}"
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): {mend}") from error
 
 
 def silence(stream) -> None:
@@ -150,13 +178,41 @@ def unheard() -> Iterator[None]:
         sys.stdout, sys.stderr = streams
 
 
+def read_input(source: Path | BinaryIO, most: int = 2**28) -> bytearray:
+    """All bytes of a file or stream that somebody names, of which /dev/zero has no end. ValueError
+    where there are more than `most`."""
+    content, size = bytearray(), 0
+    if isinstance(source, Path):
+        size = source.stat().st_size
+        source = open(source, "rb")
+    with source:
+        while max(size, len(content)) <= most and (chunk := source.read(2**20)):
+            content += chunk
+    if max(size, len(content)) > most:
+        found = f"{source.name} has {max(size, len(content)):,} bytes or more"
+        raise ValueError(f"{found}, and {most:,} are the most: cut it")
+    return content
+
+
+def check_memory(model, device) -> None:
+    """ValueError where a model, made on the meta device, does not fit into this machine's memory:
+    its weights, and on a CPU their gradients and averages too."""
+    size = sum(p.nbytes for p in model.parameters()) * (3 if device.type == "cpu" else 1)
+    known = hasattr(os, "sysconf")  # not on Windows
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else size
+    if size > memory:
+        c = model.config
+        sizes = f"n_layer {c.n_layer}, d_model {c.d_model}, d_ff {c.d_ff}, n_head {c.n_head}"
+        raise ValueError(f"{sizes}: it takes {size:,} bytes and this machine has {memory:,}")
+
+
 def locked(path: Path, refusal: str, wait: float = 0):
     """A context that holds the lock of a file or folder that is to be made or changed. ValueError
     with the refusal where another process holds it longer than `wait` seconds; -1 waits for
     ever."""
     from filelock import FileLock, Timeout
 
-    path = path.absolute()
+    path = Path(os.path.realpath(path))  # one lock for a folder and the links to it
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
     file.touch()  # an OSError where it cannot be, for which FileLock would wait

@@ -107,7 +107,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.owns = config, (config.qk_norm, config.length_scale == "ssmax")
         self.backend = "auto"  # the attention kernel, one of attention.BACKENDS
         self.recompute = False  # keep only the blocks' inputs for the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
@@ -156,6 +156,8 @@ class Transformer(nn.Module):
         """What the layers of a forward over the next t tokens share; a cache counts them. `table`
         is their rotary table, where it has been made before."""
         c, plan, backend = self.config, self.plan, self.backend
+        owns = c.qk_norm, self.owns[1] if c.length_scale == "none" else c.length_scale == "ssmax"
+        require(owns == self.owns, "qk_norm and ssmax own weights: build the model with them")
         require(cache is None or cache.plan == plan, "a cache of another pattern: make a new one")
         whole = cache is None or cache.is_empty  # a sequence from its beginning
         q_pos = torch.arange(t, device=device) if cache is None else cache.advance(t)
@@ -287,9 +289,6 @@ def check_config(c: ModelConfig) -> None:
     for name in (sizes + " rope_original_length trained_length").split():
         value = getattr(c, name)
         require(value is None or value >= 1, f"{name} {value} is below 1")
-    for name in ("rope_theta", "norm_eps"):
-        value = getattr(c, name)
-        require(0 < value < math.inf, f"{name} {value} is not positive")
     attention.one_of("rope_scaling", c.rope_scaling, attention.ROPE_SCALINGS)
     attention.one_of("length_scale", c.length_scale, attention.LENGTH_SCALES)
 
@@ -305,6 +304,8 @@ def check_config(c: ModelConfig) -> None:
         f"n_head {c.n_head} is not a multiple of n_kv_head {c.n_kv_head}": c.n_head % c.n_kv_head,
         indivisible + "change one, or give head_dim": not c.head_dim and c.d_model % c.n_head,
         many + f"make {count:,} parameters: use less": count > 2**40 or c.n_layer > 10_000,
+        f"rope_theta {c.rope_theta} is not positive": not 0 < c.rope_theta < math.inf,
+        f"norm_eps {c.norm_eps} is not positive": not 0 < c.norm_eps < math.inf,
         f"head_dim {d} is odd: rotation turns pairs of dimensions": d % 2,
         f"rope_factor {factor} is below 1: it is new length / trained length": not factor >= 1,
         f"rope_factor {factor} does nothing without rope_scaling": factor > 1 and scaling == "none",

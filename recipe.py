@@ -22,7 +22,7 @@ from pathlib import Path
 
 from attention import BACKENDS
 from checkpoint import plain_type, shown, typed, typed_fields
-from commandline import CommandLine
+from commandline import CommandLine, read_input
 from data.corpus import DEFAULT_CORPUS
 from model import ModelConfig, require
 
@@ -75,9 +75,7 @@ class Recipe:
     recompute: bool = False  # keep only the blocks' inputs for backward: a third more time
 
     def __post_init__(self):
-        require(
-            self.phase, "the recipe has no [[phase]]: give at least one, with steps and lengths"
-        )
+        require(self.phase, "the recipe has no [[phase]]: give one, with steps and lengths")
         check_numbers(self, "")
         for number, phase in enumerate(self.phase, 1):
             check_phase(self, phase, f"phase {number}: ")
@@ -169,8 +167,9 @@ def given(phase: Phase, names: tuple[str, ...]) -> dict:
 
 
 MANY = 2**31  # a larger count is a slip
-RANGES = dict.fromkeys(("steps", "stretch", "batch_tokens", "eval_every", "eval_tokens"), (1, MANY))
-RANGES |= {"warmup": (0, MANY), "eval_questions": (0, MANY), "seed": (0, 2**63 - 1)}
+RANGES = dict.fromkeys(("steps", "stretch", "eval_every", "eval_tokens"), (1, MANY))
+RANGES |= {"batch_tokens": (1, 2**26), "eval_questions": (0, 2**16)}  # which memory must hold
+RANGES |= {"warmup": (0, MANY), "seed": (0, 2**63 - 1)}
 RANGES |= {"needle_share": (0, 1), "answer_weight": (0, MANY), "weight_decay": (0, MANY)}
 
 
@@ -195,9 +194,9 @@ def check_phase(recipe: Recipe, phase: Phase, where: str) -> None:
         undivided = f"{where}length {length} does not divide batch_tokens {recipe.batch_tokens}"
         divides = recipe.batch_tokens % length == 0
         require(divides, f"{undivided}: every step has the same tokens")
-    owned = phase.length_scale != "ssmax" or recipe.model.length_scale == "ssmax"
-    mend = "owns weights, so a phase cannot switch it on: put it under [model]"
-    require(owned, f"{where}length_scale 'ssmax' {mend}")
+    new, had = phase.length_scale, recipe.model.length_scale == "ssmax"
+    mend = "owns weights, so a phase cannot switch it on or off: put it under [model]"
+    require(new is None or (new == "ssmax") == had, f"{where}length_scale 'ssmax' {mend}")
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -206,7 +205,7 @@ def check_phase(recipe: Recipe, phase: Phase, where: str) -> None:
 def read_toml(path: Path) -> dict:
     """The tables of a recipe file. OSError where there is none, ValueError where it is no TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_input(path).decode("utf-8-sig"))
     except FileNotFoundError:
         here = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.toml"))) or "none"
         raise FileNotFoundError(f"recipe {path} not found; recipes here: {here}") from None
@@ -264,7 +263,8 @@ def check_base(model: dict, given: dict, base: ModelConfig, name: str) -> None:
     """ValueError where a file or a flag asks a checkpoint to be another model."""
     for key, value in (model | given).items():
         had, where = getattr(base, key), "the flags" if key in given else name
-        if key in TREATMENT:  # a flag may change it, a file may say it again or give a first window
+        shape = key not in TREATMENT or (key == "length_scale" and "ssmax" in (value, had))
+        if not shape:  # a flag may change it, a file may say it again or give a first window
             allowed = key in given or value == had or (key == "window" and had is None)
             mend = f"give --{key.replace('_', '-')} to say which"
         else:

@@ -20,7 +20,7 @@ import torch
 
 import checkpoint
 import recipe as recipes
-from commandline import choose_device, git_commit, locked
+from commandline import check_memory, choose_device, damaged, git_commit, locked
 from data.batches import check_fit
 from data.corpus import Corpus
 from data.needles import Needles
@@ -80,6 +80,7 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
     else:
         source = options.get("init")
         if source is not None:
+            checkpoint.verify_checksums(source)
             model = Transformer.from_pretrained(source, device)
         base = model and model.config
         name, recipe = path.stem, recipes.build(recipes.read_toml(path), args, base, path.name)
@@ -93,9 +94,12 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
     if source is not None and load_tokenizer(source).hash != corpus.tokenizer.hash:
         other = f"the checkpoint {source} and the corpus {recipe.data} have different tokenizers"
         raise ValueError(f"{other}: give the checkpoint's own corpus with --data")
-    recipe = replace(recipe, model=replace(recipe.model, vocab_size=corpus.tokenizer.n_vocab))
+    vocab_size = recipe.model.vocab_size if source else corpus.tokenizer.n_vocab
+    recipe = replace(recipe, model=replace(recipe.model, vocab_size=vocab_size))
     needles = check_fit(corpus, recipe.stages(), recipe.batch_tokens, recipe.seed, RANKS)
 
+    with torch.device("meta"):
+        check_memory(Transformer(recipe.model), device)
     if model is None:
         torch.manual_seed(recipe.seed)
         model = Transformer(recipe.model).to(device)
@@ -143,7 +147,7 @@ def begin(run: Run, argv: list[str]) -> None:
         "git": git_commit(HERE),
     }
     (run.out / "run.json").unlink(missing_ok=True)
-    with checkpoint.atomic_folder(run.out.absolute()) as folder:
+    with checkpoint.atomic_folder(os.path.realpath(run.out)) as folder:
         (folder / "log.jsonl").touch()
         (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if run.max_steps > 0:
@@ -172,32 +176,27 @@ def read_record(out: Path) -> tuple[str, recipes.Recipe, str]:
         raise FileNotFoundError(f"nothing to resume in {out}: {mend}")
     record = checkpoint.read_json(path := out / "run.json")
     try:
-        recipe = recipes.build(record["recipe"], name=str(path))
+        recipe = recipes.build({**record["recipe"]}, name=str(path))
         return str(record["name"]), recipe, str(record["corpus"])
     except (KeyError, TypeError, AttributeError) as error:
         mend = f"start another run with --init {out / 'last'}"
         raise ValueError(f"{path} is damaged ({error!r}): {mend}") from None
 
 
-def resume(run: Run) -> None:
-    """Step, weights and optimizers from `last`. ValueError where damaged, or another model's."""
+def resume(run: Run) -> list[dict]:
+    """Step and weights from `last` -> its optimizers' states. ValueError where it is damaged."""
     last = run.out / "last"
-    path, mend = last / "training.pt", f"start another run with --init {last}"
     checkpoint.verify_checksums(last)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with damaged(last / "training.pt"):
+        state = torch.load(last / "training.pt", map_location="cpu", weights_only=True)
         run.step = checkpoint.typed(int, state["step"], "step")
         run.best, states = float(state["best"]), state["optimizers"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"nothing to resume: {path} not found; {mend}") from None
-    except Exception as error:  # torch.load raises whatever the bytes provoke
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): {mend}") from error
+        require(0 <= run.step <= run.recipe.steps, "no step of the recipe's")
     checkpoint.verify_config(last, asdict(config_at(run.recipe, run.step)), run.out / "run.json")
     run.model.load_state_dict(Transformer.from_pretrained(last, run.device).state_dict())
-    for optimizer, state in zip(run.optimizers, states, strict=True):
-        optimizer.load_state_dict(state)  # which moves to the device what belongs there
     if RANK == 0:
         run.log = run.out / "log.jsonl"
+    return states
 
 
 def config_at(recipe: recipes.Recipe, step: int) -> ModelConfig:

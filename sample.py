@@ -11,9 +11,9 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+from commandline import CommandLine, choose_device, guarded, read_input  # isort: skip
 import torch
 
-from commandline import CommandLine, choose_device, guarded
 from data.tokenizer import load_tokenizer
 from engine import stream
 from model import Transformer, check_settings, require
@@ -50,9 +50,9 @@ def read_prompt(args: Namespace) -> str:
     if args.prompt is not None:
         where, raw = "--prompt", args.prompt.encode(errors="surrogateescape")
     elif args.file is not None:
-        where, raw = args.file, args.file.read_bytes()
+        where, raw = args.file, read_input(args.file)
     elif sys.stdin is not None and not sys.stdin.isatty():
-        where, raw = "standard input", sys.stdin.buffer.read()
+        where, raw = "standard input", read_input(sys.stdin.buffer)
     else:
         raise ValueError("no prompt: give --prompt TEXT, --file FILE, or text on standard input")
     try:
@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     device, _ = choose_device(args.device)
     text = read_prompt(args)
     path = args.checkpoint or newest_checkpoint()
-    tokenizer = load_tokenizer(path)
     model = Transformer.from_pretrained(path, device, getattr(torch, args.dtype))
+    tokenizer = load_tokenizer(path)
     has, knows = tokenizer.n_vocab, model.config.vocab_size
     require(has <= knows, f"{path}: its tokenizer has {has} tokens and its model {knows}")
     # A space at the end is the beginning of the next token: the model writes that whole.

@@ -16,20 +16,20 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 
+from commandline import damaged, guarded, is_out_of_memory, unheard  # isort: skip
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import parallel
 from attention import choose_backend
-from commandline import guarded, is_out_of_memory, unheard
 from data.batches import Batch, held_out_examples, prefetch, training_batch
 from data.needles import Needles
 from device import settle
 from evaluate import needle_score, needle_table, validation_loss
 from fast.kernels import one_graph
 from fast.muon import Muon
-from model import Transformer, layer_plan
+from model import Transformer, layer_plan, require
 from recipe import Recipe, Stage
 from run import Log, Run, begin, claim, config_at, is_run, read, resume, save
 
@@ -46,6 +46,18 @@ def make_optimizers(model: Transformer, recipe: Recipe) -> list[torch.optim.Opti
         Muon(matrices, recipe.lr, recipe.weight_decay),
         torch.optim.AdamW(others, recipe.lr, betas=(0.9, 0.95), weight_decay=0),
     ]
+
+
+def restore(run: Run, states: list[dict]) -> None:
+    """Give the optimizers the averages of a checkpoint; their settings are the recipe's. ValueError
+    where they are none of these parameters'."""
+    names = ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")  # of Muon, of AdamW
+    with damaged(run.out / "last" / "training.pt"):
+        for optimizer, state, kept in zip(run.optimizers, states, names, strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
+            for p, averages in optimizer.state.items():
+                shapes = {name: () if name == "step" else p.shape for name in kept}
+                require({name: x.shape for name, x in averages.items()} == shapes, "shapes")
 
 
 def train(run: Run) -> None:
@@ -230,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
             with claim(run):
                 run.optimizers = make_optimizers(run.model, run.recipe)
                 if resuming:
-                    resume(run)
+                    restore(run, resume(run))
                 else:
                     begin(run, sys.argv[1:] if argv is None else argv)
                 train(run)

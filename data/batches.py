@@ -113,6 +113,10 @@ def prefetch(make: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Bat
 def check_fit(corpus: Corpus, stages, batch_tokens: int, seed: int, ranks: int) -> Needles | None:
     """The needles of training, where a stage (recipe.Stage) asks for some. ValueError where the
     corpus cannot fill the stages' batches, or so many processes cannot share them."""
+    most = stages[0].config.vocab_size
+    if corpus.tokenizer.n_vocab > most:
+        tokens = f"the corpus {corpus.folder} has {corpus.tokenizer.n_vocab:,} tokens"
+        raise ValueError(f"{tokens} in its vocabulary and the model {most:,}: give another --init")
     needles = None
     if any(stage.needle_share for stage in stages):
         needles = Needles(corpus.tokenizer, corpus.train, evaluation=False)

@@ -12,6 +12,7 @@ is trained on the rest. Of the standard library and of packages code is taken: n
 
 import hashlib
 import http.client
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -29,7 +30,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from tqdm import tqdm
 
-from commandline import CommandLine, guarded, locked
+from commandline import CommandLine, guarded, locked, read_input
 from data.corpus import DEFAULT_CORPUS, FORMAT, Corpus, dtype_for, load_corpus
 from data.tokenizer import (
     Tokenizer,
@@ -84,10 +85,7 @@ def read_text(path: Path) -> str:
     """The text of a file. ValueError where it is no UTF-8 text, or no file that has an end."""
     if not path.is_file():
         raise ValueError(f"{path} is no regular file; give --text files and folders")
-    size = path.stat().st_size
-    if size > LARGEST:
-        raise ValueError(f"{path} has {size:,} bytes and {LARGEST:,} are the most: cut it")
-    return decoded(path.read_bytes(), path, "convert it (iconv -t utf-8) or leave it out")
+    return decoded(read_input(path, LARGEST), path, "convert it (iconv -t utf-8) or leave it out")
 
 
 def read_all(files: Iterable[tuple[str, Path]], where: Path | str) -> Documents:
@@ -142,6 +140,8 @@ def from_package(name: str) -> Documents:
         )
     try:
         spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin == "frozen":  # into the interpreter, as `os` is
+            spec = importlib.machinery.PathFinder.find_spec(name)
     except ValueError:  # a module without a spec, such as __main__
         spec = None
     if spec is None:
@@ -314,13 +314,14 @@ def prepare(
     ValueError for documents that cannot make a corpus, OSError when out cannot be written."""
     out = Path(out)
     check_out(out)
+    place = Path(os.path.realpath(out))  # of a link, what it leads to
     train, val = split_documents(documents)
     if not train:
         raise ValueError(f"there is no text to train on in {source}; give files that hold some")
     for name, text in documents:
         check_runs(text, name)
     try:
-        with unfinished(out) as folder:
+        with unfinished(place) as folder:
             if tokenizer is None:
                 texts = tqdm(train, desc="learn the vocabulary", unit="documents", **QUIET)
                 tokenizer = train_tokenizer(texts, vocab_size)
@@ -342,10 +343,10 @@ def prepare(
 
                 for path in [*folder.iterdir(), folder]:
                     sync(path)
-                if out.is_dir():  # and empty; Windows replaces no folder
-                    out.rmdir()
-                os.replace(folder, out)
-                sync(out.parent)
+                if place.is_dir():  # and empty; Windows replaces no folder
+                    place.rmdir()
+                os.replace(folder, place)
+                sync(place.parent)
     except OSError as error:
         raise OSError(
             f"cannot write {out} ({error.strerror or error}); make room, or give another folder "
@@ -430,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     sources = [*map(str, args.text), *([] if args.url is None else [args.url]), *args.packages]
     name = DEFAULT_CORPUS.name
     if sources:
-        name = Path(unquote(urlsplit(sources[0]).path)).resolve().stem or "text"
+        name = Path(os.path.realpath(unquote(urlsplit(sources[0]).path))).stem or "text"
     out = args.out or DEFAULT_CORPUS.with_name(name)
     check_out(out)  # before any work
 

@@ -340,9 +340,12 @@ def test_causal_and_within_the_window(backend, t, window):
         ("give both q_pos and k_pos", dict(k_pos=torch.arange(6), backend="reference")),
     ],
 )
-def test_attend_refuses(message, arguments):
+def test_attend_and_its_kernel_refuse(message, arguments):
     with pytest.raises(ValueError, match=message):
         attend(*qkv(6, grad=False), **arguments)
+    if "give both" not in message:  # of which attend alone knows the keys
+        with pytest.raises(ValueError, match=message):
+            kernel_for(**{"window": None, "t": 6, "device": CPU} | arguments)
 
 
 @pytest.mark.parametrize("backend", attention.BACKENDS)

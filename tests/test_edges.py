@@ -65,6 +65,28 @@ def test_a_folder_says_what_it_left_out(tmp_path, monkeypatch, capsys):
     assert b"not in the folder" not in text
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs links")
+def test_links_as_names(tmp_path, monkeypatch, error):
+    """A text whose name is a loop of links, and a corpus whose place is a link: to an empty folder,
+    or to nothing yet."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    assert "loop not found" in error(prepare_main, "--text", "loop")
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nothing"):
+        (tmp_path / "link").symlink_to(name)
+        prepare([("a", TEXT * 400)], "link", vocab_size=270)
+        assert (tmp_path / "link").is_symlink() and load_corpus(name).hash
+        (tmp_path / "link").unlink()
+    assert sorted(os.listdir()) == ["empty", "loop", "nothing"]
+
+
+def test_a_module_that_is_frozen_into_the_interpreter(tmp_path):
+    prepare_main(["--packages", "os", "--vocab-size", "300", "--out", str(tmp_path / "made")])
+    corpus = load_corpus(tmp_path / "made")
+    assert b"import abc" in corpus.tokenizer.decode_bytes(corpus.train.tolist())
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
     assert read_text(tmp_path / "bom.txt") == TEXT

@@ -1,5 +1,6 @@
 """One guard around every command: whatever ends it, ends it in one line and a status."""
 
+import io
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import commandline
 import sample
 import train
-from commandline import Unheard, choose_device, guarded, unheard
+from commandline import Unheard, choose_device, guarded, read_input, unheard
 from lab import curves, needles
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,11 @@ ENDS = {
     "MemoryError": (MemoryError(), "error: out of memory: ask for less: --micro-batch"),
     "PyTorch's": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
     "RecursionError": (RecursionError("maximum recursion depth"), "error: the input is nested"),
+    "damaged weights": (
+        RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"),
+        "error: the logits are not finite",
+    ),
+    "a long line": (ValueError("a" * 9999 + "z"), "aaz"),
     "panic": (PanicException("backtrack"), "error: the regex engine gave up"),
     "escapes": (ValueError("tensor \x1b[31mred\x07"), "error: tensor \\x1b[31mred\\x07"),
 }
@@ -42,7 +48,7 @@ def test_whatever_ends_a_command_ends_it_in_one_line(error, line, capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and line in said
+    assert stop.value.code == 2 and said.count("\n") == 1 and line in said and len(said) < 2000
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), TypeError("a bug"), AssertionError()])
@@ -53,6 +59,32 @@ def test_a_bug_keeps_its_traceback(error):
 
     with pytest.raises(type(error)):
         main([])
+
+
+@pytest.mark.parametrize("command", ["train.py", "sample.py"])
+def test_an_interrupt_while_torch_loads_is_one_line(command, tmp_path):
+    """The first second of a command, when no guard stands yet."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / command)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr == "error: interrupted\n"
+
+
+def test_what_has_no_end_is_read_to_a_bound(tmp_path):
+    """Files, streams and devices; what memory must hold is known before."""
+    (tmp_path / "x").write_bytes(b"12345678")
+    assert read_input(tmp_path / "x", 8) == read_input(io.BytesIO(b"12345678"), 8) == b"12345678"
+    endless = filter(Path.exists, [Path("/dev/zero")])
+    for source in (tmp_path / "x", open(tmp_path / "x", "rb"), *endless):
+        with pytest.raises(ValueError, match="and 7 are the most"):
+            read_input(source, 7)
+
+
+def test_two_dashes_end_the_flags():
+    parser = commandline.CommandLine()
+    parser.add_argument("words", nargs="*")
+    assert parser.parse(["--", "a"]).words == ["a"] and parser.parse(["a", "--"]).words == ["a"]
 
 
 def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
@@ -123,6 +155,8 @@ BAD_VALUES = [
     (train.main, ["--rope-factor", "nan", "--rope-scaling", "pi"], "--rope-factor"),
     (sample.main, ["--prompt", "caf\udce9"], "--prompt is not UTF-8"),
     (sample.main, ["--max-new-tokens", "many"], "--max-new-tokens"),
+    (sample.main, ["--prompt", "x", "--checkpoint", "nowhere"], "nowhere/config.json"),
+    (sample.main, ["--file", "nowhere.txt"], "nowhere.txt"),
     (needles.main, ["nowhere", "--examples", "9" * 99], "nowhere"),
     (curves.main, ["nowhere"], "nowhere"),
 ]

@@ -149,6 +149,32 @@ def test_a_replaced_config_is_checked_too():
         replace(config("R", window=None), pattern="r")
 
 
+@pytest.mark.parametrize(
+    "built,changed",
+    [
+        ({}, {"length_scale": "ssmax"}),
+        ({"length_scale": "ssmax"}, {"length_scale": "swan"}),
+        ({}, {"qk_norm": True}),
+        ({"qk_norm": True}, {"qk_norm": False}),
+    ],
+)
+def test_what_owns_weights_cannot_be_switched(built, changed):
+    """Not even where a replaced config asks for it; that ssmax be left out can be asked."""
+    model = tiny("rN", trained_length=8, **built)
+    model.config = replace(model.config, **changed)
+    with pytest.raises(ValueError, match="own weights"):
+        model(text())
+    with pytest.raises(ValueError, match="own weights"):
+        model.generate(text(1, 3), 1)
+    model.config = replace(model.config, length_scale="none", qk_norm=model.owns[0])
+    model(text())
+
+
+def test_a_length_scale_that_no_letter_uses_is_harmless():
+    """As a window is: a phase may bring a full NoPE layer later."""
+    assert torch.equal(tiny("rR", length_scale="swan", length_base=9)(text()), tiny("rR")(text()))
+
+
 def test_a_new_pattern_touches_no_parameter():
     model, tokens = tiny("rrrN"), text()
     before = {name: (p.data_ptr(), p.clone()) for name, p in model.state_dict().items()}

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -420,6 +421,10 @@ def test_of_two_trainings_of_one_folder_one_is_refused_at_once(run, error, tiny,
     run("--out", "x", "--max-steps", "1")
     with locked(Path("x"), ""):
         assert "another process trains x" in error(train.main, "--resume", "x")
+    if os.name != "nt":  # by another name it is the same folder
+        Path("link").symlink_to("x")
+        with locked(Path("link"), ""):
+            assert "another process trains x" in error(train.main, "--resume", "x")
     run("--resume", "x", "--max-steps", "2", recipe=None)
 
 
@@ -461,15 +466,103 @@ def test_a_resume_compares_the_model(run, error, tmp_path, key, value):
 
 
 @pytest.mark.parametrize("name", ["training.pt", "model.safetensors", "config.json"])
-def test_a_resume_compares_the_bytes(run, error, tmp_path, name):
+def test_a_resume_compares_the_bytes(run, error, tmp_path, name, tiny, corpus_folder):
     """One bit, anywhere: zip's own checksums torch does not read, and safetensors has none."""
     run("--out", "x", "--max-steps", "1")
     path = tmp_path / "x" / "last" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    line = error(train.main, "--resume", "x")
-    assert name in line and "damaged" in line
+    init = (tiny, "--data", corpus_folder, "--init", "x/last", "--out", "y")
+    for words in (("--resume", "x"), init):
+        line = error(train.main, *words)
+        assert name in line and "damaged" in line
+    assert not (tmp_path / "y").exists()
+
+
+def first(state, number):
+    """What an optimizer keeps of its first parameter, and the name of its first average."""
+    kept = state["optimizers"][number]["state"][0]
+    return kept, next(name for name in kept if name != "step")
+
+
+def momentum(number, value):
+    """A change of a checkpoint's state: another first average of the optimizer."""
+
+    def change(state):
+        kept, name = first(state, number)
+        kept[name] = value
+
+    return change
+
+
+CRAFTED = {
+    "momentum of another shape": momentum(0, torch.zeros(3, 3)),
+    "momentum of no shape": momentum(0, torch.zeros(())),
+    "an average of another shape": momentum(1, torch.zeros(7)),
+    "no tensor": momentum(1, "x"),
+    "an average that is missing": lambda s: s["optimizers"][1]["state"][0].pop("exp_avg_sq"),
+    "optimizers in another order": lambda s: s["optimizers"].reverse(),
+    "one optimizer": lambda s: s["optimizers"].pop(),
+    "three": lambda s: s["optimizers"].append({}),
+    "none": lambda s: s.update(optimizers=None),
+    "a negative step": lambda s: s.update(step=-1),
+    "a step beyond the end": lambda s: s.update(step=13),
+    "half a step": lambda s: s.update(step=1.5),
+    "a best that is no number": lambda s: s.update(best="x"),
+}
+
+
+@pytest.mark.parametrize("change", CRAFTED.values(), ids=CRAFTED)
+def test_a_crafted_state_is_one_line(run, error, tmp_path, change):
+    """Its checksums are right, and it unpickles to plain types."""
+    run("--out", "x", "--max-steps", "1")
+    path = tmp_path / "x" / "last" / "training.pt"
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    checkpoint.write_checksums(path.parent)
+    assert "training.pt is damaged" in error(train.main, "--resume", "x")
+
+
+def test_optimizers_are_the_recipes(run, tmp_path):
+    """Of a checkpoint they take averages alone: settings are what run.json says."""
+    run("--out", "x", "--max-steps", "1")
+    path = tmp_path / "x" / "last" / "training.pt"
+    state = torch.load(path, weights_only=True)
+    state["optimizers"][1]["param_groups"][0].update(betas="x", weight_decay=7.0)
+    torch.save(state, path)
+    checkpoint.write_checksums(path.parent)
+    run("--resume", "x", "--max-steps", "2", recipe=None)
+    group = torch.load(path, weights_only=True)["optimizers"][1]["param_groups"][0]
+    assert group["betas"] == (0.9, 0.95) and group["weight_decay"] == 0
+
+
+def test_a_recipe_that_is_no_table_is_damage(run, error, tmp_path):
+    run("--out", "x", "--max-steps", "1")
+    path = tmp_path / "x" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": "x"}))
+    assert "run.json is damaged" in error(train.main, "--resume", "x")
+
+
+def test_a_checkpoint_with_more_embeddings_than_its_tokenizer_has_tokens(
+    run, error, tmp_path, tiny, corpus_folder
+):
+    """As `resize_token_embeddings` makes them. They stay; fewer are refused before anything is
+    written."""
+    run("--out", "x", "--max-steps", "1")
+    for rows in (1088, 1000):
+        folder = tmp_path / str(rows)
+        shutil.copytree(tmp_path / "x" / "last", folder)
+        (folder / "checksums.json").unlink()
+        model = Transformer.from_pretrained(folder)
+        resized = Transformer(replace(model.config, vocab_size=rows))
+        resized.save_pretrained(folder)
+    run("--out", "y", "--init", "1088", "--max-steps", "1")
+    run("--resume", "y", "--max-steps", "2", recipe=None)
+    assert Transformer.from_pretrained("y/last").embed_tokens.num_embeddings == 1088
+    line = error(train.main, tiny, "--data", corpus_folder, "--init", "1000", "--out", "z")
+    assert "1,024 tokens" in line and "1,000" in line and not Path("z").exists()
 
 
 def test_a_log_loses_only_what_is_no_entry(tmp_path, monkeypatch):
@@ -905,6 +998,10 @@ def test_bad_flags(error, tiny, corpus_folder, tmp_path, monkeypatch, flags, wor
         (MODEL + "[[phase]]\nsteps = 1\nlengths = { 100 = 1 }\n", ["100", "512"]),
         (MODEL + "[[phase]]\nsteps = 0\nlengths = { 128 = 1 }\n", ["steps 0"]),
         (MODEL + PHASE + "length_scale = 'ssmax'\n", ["ssmax", "[model]"]),
+        (
+            MODEL + "length_scale = 'ssmax'\n" + PHASE + PHASE + "length_scale = 'swan'\n",
+            ["phase 2", "ssmax", "[model]"],
+        ),
         (MODEL + PHASE + "pattern = 'q'\n", ["phase 1", "'q'"]),
         ("[model\n", ["TOML"]),
         (
@@ -959,6 +1056,8 @@ def test_bad_runs(run, error, corpus_folder, tmp_path, tiny):
         "--init",
         "x/last",
     )
+    start = (tiny, "--data", corpus_folder, "--out", "y", "--init", "x/last")
+    assert "length_scale" in error(train.main, *start, "--length-scale", "ssmax")
     assert weights(tmp_path / "x") == before and not (tmp_path / "y").exists()
     for name in ("config.json", "model.safetensors", "training.pt", "tokenizer.tiktoken"):
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
@@ -1016,8 +1115,28 @@ def test_running_out_of_memory_names_the_knob(run, error, corpus_folder, tiny, m
     def loss(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(Transformer, "loss", loss)
-    assert "--micro-batch" in error(train.main, tiny, "--data", corpus_folder, "--out", "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "loss", loss)
+        assert "--micro-batch" in error(train.main, tiny, "--data", corpus_folder, "--out", "x")
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for where in ("torch.load", "torch.optim.Optimizer.load_state_dict"):  # is not damage
+        with monkeypatch.context() as patch:
+            patch.setattr(where, fails(full))
+            line = error(train.main, "--resume", "x")
+            assert "out of memory" in line and "damaged" not in line
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the memory there is not known")
+@pytest.mark.parametrize(
+    "flags", ["--d-ff 1000000000", "--d-model 100000 --n-head 2", "--n-head 8 --head-dim 20000000"]
+)
+def test_a_model_that_no_memory_holds_is_refused_by_arithmetic(
+    error, corpus_folder, tiny, monkeypatch, tmp_path, flags
+):
+    monkeypatch.chdir(tmp_path)
+    line = error(train.main, tiny, "--data", corpus_folder, *flags.split())
+    name, value = flags.removeprefix("--").split(" ")[:2]
+    assert f"{name.replace('-', '_')} {value}" in line and "this machine has" in line
 
 
 def test_bad_samples(run, error, tmp_path):
