@@ -208,10 +208,10 @@ def test_the_second_first_run_takes_the_winners_corpus(tmp_path):
 def test_what_a_killed_preparation_left_is_no_obstacle(tmp_path):
     left = tmp_path / ".made.unfinished"
     left.mkdir()
-    (left / "train.bin").write_bytes(b"half")
+    (left / "half").write_bytes(b"half")
     (tmp_path / ".made.lock").touch()
     prepare([("a", TEXT * 400)], tmp_path / "made", vocab_size=270)
-    assert os.listdir(tmp_path) == ["made"]
+    assert os.listdir(tmp_path) == ["made"] and not (tmp_path / "made" / "half").exists()
 
 
 def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch):

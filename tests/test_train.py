@@ -671,12 +671,12 @@ def test_a_disk_without_links_and_a_system_like_windows(run, tmp_path, monkeypat
 # Output that nobody reads, disks that are full, interrupts
 
 
-@pytest.fixture(params=["closed", "/dev/full", "a reader that has gone"])
-def unread(request, monkeypatch):
-    """Standard output and standard error as a shell leaves them."""
-    if request.param == "closed":
+def leave_unread(how, monkeypatch):
+    """Standard output and standard error as a shell leaves them. Not a fixture: between one and its
+    test, pytest captures both anew."""
+    if how == "closed":
         streams = None, None
-    elif request.param == "/dev/full":
+    elif how == "/dev/full":
         streams = open("/dev/full", "w"), open("/dev/full", "w", buffering=1)
     else:
         reader, writer = os.pipe()
@@ -684,21 +684,27 @@ def unread(request, monkeypatch):
         streams = os.fdopen(writer, "w"), os.fdopen(os.dup(writer), "w", buffering=1)
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
-    return request.param
 
 
-def test_a_training_that_nobody_reads_goes_on_to_its_end(tiny, corpus_folder, tmp_path, unread):
+UNREAD = pytest.mark.parametrize("how", ["closed", "/dev/full", "a reader that has gone"])
+
+
+@UNREAD
+def test_a_training_that_nobody_reads_goes_on_to_its_end(
+    tiny, corpus_folder, tmp_path, monkeypatch, how
+):
     words = ["--data", str(corpus_folder), "--eval-questions", "4", "--eval-every", "4"]
+    leave_unread(how, monkeypatch)
     train.main([str(tiny), "--out", str(tmp_path / "x"), *words])
     assert logged_steps(tmp_path / "x") == list(range(1, 13))
     final = json.loads((tmp_path / "x" / "log.jsonl").read_text().splitlines()[-1])
     assert final["final"] and final["step"] == 12 and final["table"]
 
 
-@pytest.mark.parametrize("unread", ["closed", "a reader that has gone"], indirect=True)
-def test_a_sample_that_nobody_reads_ends_in_silence(run, tmp_path, unread):
-    with contextlib.redirect_stdout(io.StringIO()):
-        run("--out", "out/x", "--max-steps", "1")
+@UNREAD
+def test_a_sample_that_nobody_reads_ends_in_silence(run, monkeypatch, how):
+    run("--out", "out/x", "--max-steps", "1")
+    leave_unread(how, monkeypatch)
     sample.main(["--prompt", "def ", "--max-new-tokens", "3"])
 
 
