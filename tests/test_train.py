@@ -5,7 +5,6 @@ The errors run as subprocesses would be slow (torch imports); `command` runs a m
 and reads what it printed.
 """
 
-import contextlib
 import io
 import json
 import math
