@@ -420,6 +420,17 @@ def test_what_is_drawn(settings, kept):
     assert ((shares - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [dict(temperature=t) for t in (0.0, 5e-324, 1e-40, 1e-7)]
+    + [dict(temperature=1.0, top_p=5e-324)],
+)
+def test_where_only_the_likeliest_is_left(settings):
+    """However small a number says so: no float32 holds the logits over 1e-40."""
+    logits = torch.tensor([[9.0, -4.0, 88.0], [0.0, 1e-3, -1e-3]])
+    assert draw(logits, **settings).tolist() == [2, 1]
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
 def test_temperature_on_a_model(temperature):
     """The first token of 4,000 equal rows follows softmax(logits / temperature)."""

@@ -923,7 +923,7 @@ def test_train_then_sample_as_subprocesses(tiny, corpus_folder, tmp_path):
         text=True,
         **more,
     )
-    done = command(ROOT / "train.py", tiny, "--data", corpus_folder)
+    done = command(ROOT / "train.py", tiny, "--data", corpus_folder, "--eval-questions", "8")
     assert done.returncode == 0, done.stderr
     assert (
         "validation loss" in done.stdout
