@@ -8,7 +8,6 @@ cat story.txt | python sample.py                    the prompt from standard inp
 import codecs
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 from commandline import CommandLine, choose_device, guarded, read_input  # isort: skip
@@ -20,7 +19,8 @@ from model import Transformer, check_settings, require
 
 
 def command_line() -> CommandLine:
-    add = (parser := CommandLine(prog="sample.py", description=__doc__)).add_argument
+    parser = CommandLine(prog="sample.py", description=__doc__)
+    add = parser.add_argument
     add("--checkpoint", type=Path, metavar="DIR", help="default: the newest under out/")
     add("--prompt", help="text to continue (default: --file, or standard input)")
     add("--file", type=Path, help="a file with the prompt")
@@ -44,7 +44,7 @@ def newest_checkpoint(root: Path = Path("out")) -> Path:
     return max(made, key=lambda file: file.stat().st_mtime).parent
 
 
-def read_prompt(args: Namespace) -> str:
+def read_prompt(args) -> str:
     """The prompt's text. ValueError where there is none, or it is not UTF-8."""
     require(None in (args.prompt, args.file), "--prompt and --file both give a prompt: choose one")
     if args.prompt is not None:
@@ -107,11 +107,11 @@ def sample(model, tokenizer, prompt: torch.Tensor, text: str, count: int, settin
         print(f"---\n{text}{more}")
     prefill = prompt.numel() / (times[0] - started) if times else 0
     decode = len(prompt) * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0
-    share = cache.nbytes / cache.full_nbytes
+    samples = f" in {len(prompt)} samples" if len(prompt) > 1 else ""
     print(
-        f"[{prompt.shape[1]:,} prompt + {len(times):,} new tokens in {len(prompt)} samples; "
-        f"prefill {prefill:,.0f}, decode {decode:,.0f} tokens/s; "
-        f"cache {cache.nbytes:,} bytes, {share:.2f} of full attention's]",
+        f"[{prompt.shape[1]:,} prompt + {len(times):,} new tokens{samples}; "
+        f"prefill {prefill:,.0f} tokens/s, decode {decode:,.0f} tokens/s; cache {cache.nbytes:,} "
+        f"bytes, {cache.nbytes / cache.full_nbytes:.2f} of full attention's {cache.full_nbytes:,}]",
         flush=True,
     )
 

@@ -20,7 +20,7 @@ class KVCache:
     """
 
     def __init__(
-        self, plan, batch_size: int, n_kv_head: int, head_dim: int, max_length: int, device, dtype
+        self, plan, batch_size, n_kv_head, head_dim, max_length, device="cpu", dtype=torch.float32
     ):
         if batch_size < 1 or max_length < 1:
             nothing = "holds nothing: use 1 or more of both"
