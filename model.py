@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import attention
 import checkpoint
 from attention import Attention, Kernel, KVCache, LayerSpec, Shared
-from fast.kernels import sdpa
+from fast.kernels import as_autocast, sdpa
 from fast.loss import linear_cross_entropy
 
 
@@ -140,7 +140,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, cache=None, layers=None, weights=None) -> Tensor:
         """(b t c) after the final norm. A list given as `layers` collects the residual stream, each
         (b t c): the embeddings, then what every block makes of it."""
-        x = self.embed_tokens(tokens)
+        x = as_autocast(self.embed_tokens(tokens))
         shared = self.share(tokens.shape[1], tokens.device, cache, weights)
         if layers is not None:
             layers.append(x)

@@ -69,6 +69,10 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
         value = options.get(flag, least)
         require(value >= least, f"--{flag.replace('_', '-')} {value} must be at least {least}")
     device, native_bf16 = choose_device(options.get("device"))
+    flex = options.get("backend") == "flex" and options.get("max_steps", 1)
+    require(
+        not flex or device.type != "cpu", "--backend flex cannot train on cpu: banded and sdpa can"
+    )
 
     # What to train: by the run's own recipe, or by a file, from a checkpoint's weights or new ones.
     model = None

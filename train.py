@@ -37,13 +37,13 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, fro
 EPOCHS_TO_WARN = 4  # repeated text teaches nearly as much as new text up to here (2305.16264)
 
 
-def make_optimizers(model: Transformer, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Transformer, recipe: Recipe, bf16: bool = False) -> list:
     """Muon for the matrices inside the layers; AdamW, without decay, for the rest."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         (matrices if p.ndim == 2 and name.startswith("layers.") else others).append(p)
     return [
-        Muon(matrices, recipe.lr, recipe.weight_decay),
+        Muon(matrices, recipe.lr, recipe.weight_decay, torch.bfloat16 if bf16 else None),
         torch.optim.AdamW(others, recipe.lr, betas=(0.9, 0.95), weight_decay=0),
     ]
 
@@ -107,11 +107,13 @@ def train(run: Run) -> None:
 
         if run.step % recipe.eval_every == 0 or run.step in (stage.end, run.max_steps):
             if parallel.RANK == 0:
-                bar.write(evaluate(run, stage, held_out, log))
+                with autocast(run):
+                    bar.write(evaluate(run, stage, held_out, log))
             seconds = tokens = 0.0
     bar.close()
     if parallel.RANK == 0:
-        finish(run, held_out, log)
+        with autocast(run):
+            finish(run, held_out, log)
 
 
 def batch_of(run: Run, step: int) -> Batch:
@@ -182,15 +184,12 @@ def announce(run: Run) -> None:
     recipe, config = run.recipe, run.recipe.stage_at(run.step).config
     where = f"{parallel.RANKS} x {run.device.type}" if parallel.RANKS > 1 else run.device
     precision = "bfloat16 autocast" if run.bf16 else "float32"
-    if run.device.type != "cpu" and not run.bf16:
-        precision += " (no native bfloat16)"
     count = sum(p.numel() for p in run.model.parameters())
     print(f"{run.out}: {count:,} parameters on {where}, {precision}")
     settled = settle(run)
     if run.compile or run.device.type == "cuda":
         print(settled)
-    train, val = len(run.corpus.train), len(run.corpus.val)
-    hash = run.corpus.hash
+    train, val, hash = len(run.corpus.train), len(run.corpus.val), run.corpus.hash
     print(f"corpus {recipe.data} ({hash}): {train:,} tokens to train on, {val:,} to validate")
     specs = [f"{'RoPE' if s.rope else 'NoPE'}:{s.window or 'all'}" for s in layer_plan(config)]
     print(f"layers {config.pattern}: {' '.join(specs)}")
@@ -199,7 +198,7 @@ def announce(run: Run) -> None:
             kernels, d = "kernels sdpa for full layers", config.head_width
             for window in {spec.window for spec in layer_plan(stage.config)} - {None}:
                 kernel = choose_backend(run.model.backend, window, length, run.device, head_width=d)
-                kernels += f", {kernel} for windowed"
+                kernels += f", {kernel} for windows of {window}"
             print(f"steps {stage.start}..{stage.end - 1}: length {length:,}, {kernels}")
     epochs = recipe.steps * recipe.batch_tokens / train
     tokens = f"{recipe.steps} steps of {recipe.batch_tokens:,} tokens"
@@ -240,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         run, resuming = read(argv, __doc__)
         try:
             with claim(run):
-                run.optimizers = make_optimizers(run.model, run.recipe)
+                run.optimizers = make_optimizers(run.model, run.recipe, run.bf16)
                 if resuming:
                     restore(run, resume(run))
                 else:

@@ -72,8 +72,7 @@ class KVCache:
         that their queries meet (b k s d), at the positions `key_positions`."""
         rows, t = self.rows[layer], k.shape[2]
         k_held, v_held, slots = self.k[layer], self.v[layer], self.slots[rows]
-        if k.dtype != k_held.dtype:
-            k, v = k.to(k_held.dtype), v.to(k_held.dtype)
+        k, v = k.to(k_held.dtype), v.to(k_held.dtype)
         if self.overflows(rows, t):
             held = min(self.length - t, rows)
             k_met = torch.cat((k_held[:, :, :held], k), dim=2)
@@ -144,5 +143,4 @@ class KVCache:
     @property
     def full_nbytes(self) -> int:
         """Bytes of keys and values if every layer held everything."""
-        per_token = sum(x.nbytes // x.shape[2] for x in (*self.k, *self.v))
-        return per_token * self.max_length
+        return sum(x.nbytes // x.shape[2] for x in (*self.k, *self.v)) * self.max_length

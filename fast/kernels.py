@@ -19,6 +19,12 @@ NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 Visible = Callable[[Tensor, Tensor, "int | None"], Tensor]
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """x in the type of autocast's products, where autocast is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 # Rotation -----------------------------------------------------------------------------------------
 
 
@@ -195,8 +201,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
 
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            mend = "train with 'banded' or 'sdpa'"
-            raise ValueError(f"backend 'flex' has no backward pass on CPU: {mend}")
+            raise ValueError("backend 'flex' cannot train on CPU: use 'banded' or 'sdpa'")
         # It refuses what could require a gradient, even where none is wanted.
         q, k, v = q.detach(), k.detach(), v.detach()
     # Lengths may become symbolic, since prompts have many.

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fast.kernels import as_autocast
+
 # Elements (rows v) of logits that stand in memory at a time; on CPU what its cache holds.
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**27}
 LEAST_ROWS = 256  # each chunk also adds to the whole (v c) gradient of the output matrix
@@ -22,8 +24,7 @@ def linear_cross_entropy(
     """
     if weights is None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        ones = torch.ones(targets.shape, device=targets.device, dtype=wide)
-        weights = ones / (targets != -100).sum().clamp(min=1)
+        weights = 1 / (targets != -100).sum(dtype=wide).clamp(min=1).expand_as(targets)
     rows = hidden.flatten(0, 1), matrix, targets.flatten(), weights.flatten()
     return LinearCrossEntropy.apply(*rows, scale, torch.is_grad_enabled())
 
@@ -38,8 +39,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         device, wide = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
         weights = (weights * (targets != -100)).to(wide)
         targets = targets.masked_fill(targets == -100, 0)
-        autocast = torch.is_autocast_enabled(device.type)  # which would cast for each chunk
-        matrix = matrix.to(torch.get_autocast_dtype(device.type) if autocast else hidden.dtype)
+        matrix = as_autocast(matrix)  # once, not for each chunk
         total = torch.zeros((), device=device, dtype=wide)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_matrix = torch.zeros_like(matrix, dtype=wide) if wanted else None

@@ -578,6 +578,23 @@ def test_loss_in_bfloat16():
     )
 
 
+def test_autocast_narrows_the_residual_stream():
+    """Its products take bfloat16, so what is added up between them is bfloat16 too; parameters,
+    the loss and every gradient stay float32."""
+    model, tokens = tiny("rN", dtype=torch.float32), text()
+    expected = model.loss(tokens, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = []
+        hidden = model.hidden(tokens, layers=kept)
+        loss = model.loss(tokens, tokens)
+    assert {x.dtype for x in (*kept, hidden)} == {torch.bfloat16}
+    assert loss.dtype == torch.float32 and loss != expected
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    for g, fine in zip(gradients(model, loss).values(), gradients(model, expected).values()):
+        assert g.dtype == torch.float32
+        assert (g - fine).norm() < 0.05 * fine.norm()
+
+
 @pytest.mark.parametrize("pattern", ["rrrN", "R"])
 def test_recomputation_is_bit_for_bit(pattern):
     model, tokens = tiny(pattern, n_layer=4, dtype=torch.float32), text()
