@@ -35,7 +35,7 @@ def read_log(run: Path) -> list[dict]:
             for key in ("loss", "val_loss", "needles", "seconds"):
                 typed(float, entry.get(key, 0.0), key)
     except (ValueError, TypeError, RecursionError) as error:
-        mend = "resume the run, which mends its log"
+        mend = "resume the run, which mends its end, or take that line out"
         raise ValueError(f"{path} is damaged ({error}): {mend}") from None
     require(entries, f"{path} is empty: the run has not made a step")
     return entries
@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="(curves.png)")
     args = parser.parse(argv)
-    logs = {run.name: read_log(run) for run in args.runs}
+    apart = len({run.name for run in args.runs}) == len(set(args.runs))
+    logs = {run.name if apart else str(run): read_log(run) for run in args.runs}
     check_out(args.out)
     plot(logs, args.out)
     for name, entries in logs.items():

@@ -69,7 +69,8 @@ def open_checkpoints(
         for name, length in trained.items():
             require(length, f"{name} does not say its trained length: say at which to measure")
         lengths = [int(factor * min(trained.values())) for factor in times]
-    check_out(Path(f"{args.out}.csv"))
+    for ending in ("csv", "png"):
+        check_out(Path(f"{args.out}.{ending}"))
     return models, corpus, sorted(set(lengths))
 
 

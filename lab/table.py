@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 from checkpoint import read_json
 from commandline import CommandLine, guarded
+from evaluate import Score
 from lab.curves import read_log
 from lab.report import LEARNED, markdown, plot_lines, trained_length
 from model import require
 
 
 def read_run(folder: Path) -> dict:
-    """What a finished run recorded: its run.json, its final entry, and from these what a row says.
-    Raises OSError or ValueError."""
+    """What a finished run recorded, as a row says it. Raises OSError or ValueError."""
     entries, path = read_log(folder), folder / "run.json"
     final = next((entry for entry in reversed(entries) if entry.get("final")), None)
     unfinished = f"{folder} has no final evaluation: let it finish, with --resume {folder}"
@@ -25,15 +25,18 @@ def read_run(folder: Path) -> dict:
     try:
         run = read_json(path)
         model, words = run["recipe"]["model"], list(run["arguments"])
+        where = {key: str(run[key]) for key in ("corpus", "python", "torch", "device", "threads")}
         if "--out" in words:
             del words[words.index("--out") : words.index("--out") + 2]
-        return run | {
-            "final": final,
+        return {
+            "where": where,
+            "seed": run["recipe"]["seed"],
             "seconds": sum(entry.get("seconds", 0) for entry in entries),
             "name": f"`{model['pattern']}`" + (" QK-Norm" if model["qk_norm"] else ""),
             "command": shlex.join(["python", "train.py", *words]),
             "trained": trained_length(run["recipe"]),
-            "scores": {score["length"]: score for score in final["table"]},
+            "losses": [final["val_loss"], final["val_bits_per_byte"]],
+            "scores": {score["length"]: Score(**score) for score in final["table"]},
         }
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): run it again") from None
@@ -45,9 +48,9 @@ def page(runs: list[dict], title: str) -> str:
     head = ["pattern", "seed", "nats per token", "bits per byte"]
     head += [*(f"{n:,}" for n in scores), "minutes", ""]
     said = {}
-    for key in ("corpus", "python", "torch", "device", "threads"):
-        said[key] = ", ".join(sorted({str(run[key]) for run in runs}))
-    said["questions"] = max((score["questions"] for score in scores.values()), default=0)
+    for key in runs[0]["where"]:
+        said[key] = ", ".join(sorted({run["where"][key] for run in runs}))
+    said["questions"] = max((score.questions for score in scores.values()), default=0)
     said["commands"] = "\n".join(run["command"] for run in runs)
     rows = [row(run, list(scores)) for run in runs]
     said["table"] = markdown(head, rows).replace("|  |", "| |", 1)
@@ -57,14 +60,13 @@ def page(runs: list[dict], title: str) -> str:
 
 def row(run: dict, lengths: list[int]) -> list[str]:
     """A run's cells."""
-    final, scores = run["final"], run["scores"]
-    cells = [run["name"], str(run["recipe"]["seed"])]
-    cells += [f"{final['val_loss']:.3f}", f"{final['val_bits_per_byte']:.3f}"]
+    scores = run["scores"]
+    cells = [run["name"], str(run["seed"]), *(f"{loss:.3f}" for loss in run["losses"])]
     for n in lengths:
         score = scores.get(n)
-        cells.append(f"{score['exact']:.2f} ± {score['error']:.2f}" if score else "")
-    trained = scores.get(run["trained"], {"exact": 0})
-    learned = trained["exact"] >= LEARNED
+        cells.append(f"{score.exact:.2f} ± {score.error:.2f}" if score else "")
+    trained = scores.get(run["trained"])
+    learned = trained and trained.exact >= LEARNED
     return [*cells, f"{run['seconds'] / 60:.1f}", "" if learned else "not learned in this time"]
 
 
@@ -73,7 +75,7 @@ def plot(runs: list[dict], out: Path) -> None:
     rows = []
     for run in runs:
         name = run["name"].replace("`", "")
-        rows += [SimpleNamespace(name=name, **score) for score in run["scores"].values()]
+        rows += [SimpleNamespace(name=name, **vars(score)) for score in run["scores"].values()]
     panels = {"exact": "needles found (exact match)"}
     plot_lines(rows, "length", "name", panels, out, lengths=True)
 

@@ -105,6 +105,27 @@ def test_an_unfinished_run_is_named(tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("gone", ["arguments", "recipe", "corpus", "threads", "val_loss", "exact"])
+def test_a_run_with_less_than_a_row_needs_is_named(gone, tmp_path, capsys):
+    write_run(tmp_path / "a", "rrrN", 0.95)
+    for file in (tmp_path / "a" / "run.json", tmp_path / "a" / "log.jsonl"):
+        file.write_text(file.read_text().replace(f'"{gone}"', '"else"'))
+    with pytest.raises(SystemExit) as stop:
+        table.main([str(tmp_path / "a")])
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and "run.json is damaged" in error[0]
+
+
+def test_runs_of_one_name_are_two_lines(tmp_path, capsys):
+    for parent, exact in (("x", 0.95), ("y", 0.25)):
+        (tmp_path / parent).mkdir()
+        write_run(tmp_path / parent / "a", "rrrN", exact)
+    runs_of = [str(tmp_path / parent / "a") for parent in "xy"]
+    curves.main([*runs_of, "--out", str(tmp_path / "c.png")])
+    said = capsys.readouterr().out
+    assert "needles 0.95" in said and "needles 0.25" in said
+
+
 # Needles
 
 
@@ -384,6 +405,7 @@ def test_a_model_that_has_the_weights_may_use_them():
             "110",
         ),  # some examples fit
         (needles.main, ["CHECKPOINT", "--lengths", "200", "--out", "/proc/x"], "/proc/x"),
+        (needles.main, ["CHECKPOINT", "--lengths", "200", "--out", "FOLDER"], ".png"),
         (needles.main, ["CHECKPOINT", "--examples", "0"], "--examples 0"),
         (needles.main, ["CHECKPOINT", "--data", "nowhere"], "nowhere"),
         (loss_by_position.main, ["CHECKPOINT", "--windows", "0"], "--windows 0"),
@@ -396,7 +418,10 @@ def test_errors_about_checkpoints(
 ):
     """One line, and no file left behind."""
     monkeypatch.chdir(tmp_path)
-    argv = [str(checkpoint) if arg == "CHECKPOINT" else arg for arg in argv]
+    blocked = tmp_path.parent / f"{tmp_path.name}-blocked"
+    Path(f"{blocked}.png").mkdir()  # what --out FOLDER cannot write
+    known = {"CHECKPOINT": str(checkpoint), "FOLDER": str(blocked)}
+    argv = [known.get(arg, arg) for arg in argv]
     with pytest.raises(SystemExit) as stop:
         main([*argv, *([] if "--data" in argv else ["--data", str(corpus_folder)])])
     error = capsys.readouterr().err.splitlines()

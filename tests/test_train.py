@@ -980,6 +980,7 @@ PHASE = "[[phase]]\nsteps = 1\nlengths = { 128 = 1 }\n"
         (["--data", "nowhere"], ["nowhere", "data.prepare"]),
         (["--init", "nowhere"], ["nowhere"]),
         (["--out", "/proc/none/x"], ["/proc/none"]),
+        (["--out", "run\udcff"], ["UTF-8", "--out"]),
         (["stray"], ["stray"]),
     ],
 )
