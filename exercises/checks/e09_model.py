@@ -10,7 +10,9 @@ from torch import Tensor
 from exercises.harness import answer, points, same
 from model import ModelConfig, Transformer
 
-BAND = (3.4, 4.7)  # nats on 8 validation windows of 512
+# Nats on 8 validation windows of 512. Seeds 1 to 3 of `python train.py`: 4.01, 3.97, 3.99; other
+# Pythons have another text.
+BAND = (3.4, 4.7)
 
 
 # What an answer is given: the specifications of exercises 1 to 4, fast ----------------------------

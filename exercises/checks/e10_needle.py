@@ -7,7 +7,8 @@ from torch import Tensor
 
 from exercises.harness import answer, number, points
 
-BAND = (0.3, 1.0)  # exact of rrrN minus exact of R, at 2,048 tokens
+# Exact of rrrN minus exact of R at 2,048 tokens. Seeds 1 to 3 of both: .77, .89, 1.00.
+BAND = (0.3, 1.0)
 
 
 def exact_spec(logits: Tensor, tokens: Tensor, answer: Tensor) -> float:

@@ -11,7 +11,9 @@ from exercises.harness import Wrong, answer, plain, points, same
 from model import ModelConfig
 
 IMPORTS = {"model": ("layer_plan",)}
-BAND = (0.05, 0.95)  # exact with NTK minus exact without: R at 2,048
+# Exact with NTK minus exact without, R at 2,048. Seeds 1 to 3 of `python train.py --pattern R`:
+# 1.00, .96, .92 (as trained it finds nothing there); an R that has learned less gains less.
+BAND = (0.05, 1.0)
 
 
 def frequencies_spec(d: int, theta: float, method: str, factor: float) -> Tensor:
