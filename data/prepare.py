@@ -278,16 +278,16 @@ def check_out(out: Path) -> None:
 
 
 @contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` to make a corpus in, for one process at a time: others wait. It
-    is gone at the end, with every folder that was made for it, unless it was renamed; what a killed
-    process left in it goes at the beginning."""
+def unfinished(out: Path, wait: float = -1) -> Iterator[Path]:
+    """A hidden folder beside `out` to make a corpus in, for one process at a time: others wait, or
+    after `wait` seconds get a ValueError. It is gone at the end, with every folder that was made
+    for it, unless it was renamed; what a killed process left in it goes at the beginning."""
     folder, lock = out.with_name(f".{out.name}.unfinished"), None
     while lock is None:
         made = [above for above in out.absolute().parents if not above.exists()]
         folder.mkdir(parents=True, exist_ok=True)  # where nothing can be made, this says so
         with suppress(FileNotFoundError):  # a preparation failed, and its folders have gone
-            lock = locked(out, f"{out} is being prepared", wait=-1)
+            lock = locked(out, f"{out} is being prepared", wait)
     with lock as held:
         try:
             shutil.rmtree(folder, ignore_errors=True)
@@ -320,6 +320,11 @@ def prepare(
         raise ValueError(f"there is no text to train on in {source}; give files that hold some")
     for name, text in documents:
         check_runs(text, name)
+    for lock in place.parent.glob(".*.lock"):  # of preparations that were killed, or go on
+        other = lock.with_name(lock.name[1:].removesuffix(".lock"))
+        if other.with_name(f".{other.name}.unfinished").is_dir():
+            with suppress(ValueError, OSError), unfinished(other, wait=0):
+                pass  # whoever can enter can remove it
     try:
         with unfinished(place) as folder:
             if tokenizer is None:

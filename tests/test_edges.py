@@ -15,7 +15,7 @@ import torch
 from data.corpus import load_corpus
 from data.needles import NEEDLE, QC, Needles
 from data.prepare import main as prepare_main
-from data.prepare import prepare, read_text
+from data.prepare import prepare, read_text, unfinished
 from data.tokenizer import LONGEST_RUN, load_tokenizer, train_tokenizer
 from model import ModelConfig, Transformer
 
@@ -205,13 +205,22 @@ def test_the_second_first_run_takes_the_winners_corpus(tmp_path):
     assert os.listdir(tmp_path / "corpora") == ["stdlib"]
 
 
-def test_what_a_killed_preparation_left_is_no_obstacle(tmp_path):
-    left = tmp_path / ".made.unfinished"
+@pytest.mark.parametrize("name", ["made", "another"])
+def test_what_a_killed_preparation_left_goes_with_the_next(tmp_path, name):
+    left = tmp_path / f".{name}.unfinished"
     left.mkdir()
     (left / "half").write_bytes(b"half")
-    (tmp_path / ".made.lock").touch()
+    (tmp_path / f".{name}.lock").touch()
     prepare([("a", TEXT * 400)], tmp_path / "made", vocab_size=270)
     assert os.listdir(tmp_path) == ["made"] and not (tmp_path / "made" / "half").exists()
+
+
+def test_a_preparation_that_goes_on_is_left_alone(tmp_path):
+    with unfinished(tmp_path / "another") as folder:
+        (folder / "half").write_bytes(b"half")
+        prepare([("a", TEXT * 400)], tmp_path / "made", vocab_size=270)
+        assert (folder / "half").exists()
+    assert os.listdir(tmp_path) == ["made"]
 
 
 def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch):
