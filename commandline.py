@@ -104,8 +104,8 @@ def guarded(main: Callable) -> Callable:
 
 
 def last_words(kind: type, error: BaseException, trace) -> None:
-    """An interrupt while modules are imported, before any guard stands, is one line too: train.py
-    and sample.py import this one first."""
+    """An interrupt while modules are imported, before any guard stands, is one line too: train.py,
+    sample.py and the lab import this one first."""
     if issubclass(kind, KeyboardInterrupt):
         print("error: interrupted", file=sys.stderr)  # Python then ends as by the signal: 130
     else:

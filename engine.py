@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from attention import Attention, KVCache, LayerSpec, Shared
-from fast.kernels import one_graph
+from fast.kernels import as_autocast, one_graph
 from model import MLP, Block, Transformer, check_settings, draw
 
 # A prompt is read by chunks, so that a long one never makes (t s) masks. Its first chunk is a whole
@@ -45,7 +45,7 @@ def read(model: Transformer, chunk: Tensor, cache: KVCache) -> None:
     if not is_plain(last):
         model.hidden(chunk, cache)
         return
-    x = model.embed_tokens(chunk)
+    x = as_autocast(model.embed_tokens(chunk))
     shared = model.share(chunk.shape[1], chunk.device, cache)
     for i, (block, spec) in enumerate(zip(blocks, model.plan)):
         x = block(x, spec, shared, i)
@@ -113,7 +113,7 @@ def eager_step(model: Transformer, cache: KVCache, count: int) -> Callable[[Tens
     def step(token: Tensor) -> Tensor:
         at = cache.length - start
         shared = model.share(1, device, cache, table=table[at : at + 1])
-        x = model.embed_tokens(token[:, None])
+        x = as_autocast(model.embed_tokens(token[:, None]))
         for i, (block, spec) in layers:
             x = block(x, spec, shared, i)
         return model.unembed(model.norm(x))[:, 0]

@@ -71,7 +71,7 @@ class Recipe:
     eval_every: int = 50  # steps
     eval_tokens: int = 32768  # of validation text
     eval_questions: int = 200  # of the final needle table, at each length; 0: no table
-    bf16: bool | None = None  # bfloat16 products; None: where the device has units for them
+    bf16: bool | None = None  # products, stream, Muon; None: where there are units for it
     recompute: bool = False  # keep only the blocks' inputs for backward: a third more time
 
     def __post_init__(self):
@@ -233,6 +233,8 @@ def build(
     phase = tuple(read_phase(each, f"{name}: phase {i}: ") for i, each in enumerate(phases, 1))
     for flag in flags:
         setting = [i for i, each in enumerate(phase, 1) if getattr(each, flag, None) is not None]
+        if setting[:1] == [1]:  # a schedule from the first step on: the flag takes its place
+            phase, setting = tuple(replace(each, **{flag: None}) for each in phase), []
         ruled = f"--{flag.replace('_', '-')} would be overruled by phase {min(setting, default=0)}"
         require(not setting, f"{ruled} of {name}, which sets {flag}: edit the recipe")
     of_model = {f.name for f in fields(ModelConfig)}

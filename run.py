@@ -89,10 +89,8 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
         base = model and model.config
         name, recipe = path.stem, recipes.build(recipes.read_toml(path), args, base, path.name)
         out = options.get("out", Path("out", recipes.run_name(recipe, name)))
-        written = str(out.absolute()).encode(errors="ignore").decode()
-        require(
-            written == str(out.absolute()), f"{out} is not UTF-8: safetensors opens no such --out"
-        )
+        written = str(out).encode(errors="ignore").decode()
+        require(written == str(out), f"{out} is not UTF-8: safetensors opens no such --out")
 
     # On what: the same corpus as before, with the model's own tokenizer, large enough.
     corpus = open_corpus(recipe.data)
@@ -149,6 +147,7 @@ def begin(run: Run, argv: list[str]) -> None:
         "corpus": run.corpus.hash,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "bf16": run.bf16,
         "device": torch.cuda.get_device_name() if cuda else platform.machine() + " CPU",
         "threads": torch.get_num_threads(),
         "processes": RANKS,

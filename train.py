@@ -149,7 +149,7 @@ def update(run: Run, batch: Batch, loss_of: Callable, lr: float) -> tuple[float,
 
 
 def autocast(run: Run):
-    """bfloat16 products where the recipe says so or the GPU has them natively; else float32."""
+    """bfloat16 products and residual stream where the recipe says so or the device has units."""
     return torch.autocast(run.device.type, torch.bfloat16) if run.bf16 else nullcontext()
 
 

@@ -105,8 +105,7 @@ class KVCache:
         return self.clock is None and self.length == 0
 
     def all_visible(self, t: int) -> bool:
-        """Does each of t queries see every key that it meets? One does, of a cache that shows only
-        what it holds."""
+        """Does each of t queries see every key that it meets? One does, until `fix_shapes`."""
         return t == 1 and self.clock is None
 
     def fix_shapes(self) -> None:

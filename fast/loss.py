@@ -39,7 +39,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         device, wide = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
         weights = (weights * (targets != -100)).to(wide)
         targets = targets.masked_fill(targets == -100, 0)
-        matrix = as_autocast(matrix)  # once, not for each chunk
+        narrow = as_autocast(matrix)  # once, not for each chunk
+        matrix = matrix.to(hidden.dtype) if narrow is matrix else narrow
         total = torch.zeros((), device=device, dtype=wide)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_matrix = torch.zeros_like(matrix, dtype=wide) if wanted else None

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
-from checkpoint import read_json
+from checkpoint import read_json, typed
 from commandline import CommandLine, guarded
 from evaluate import Score
 from lab.curves import read_log
@@ -18,12 +18,12 @@ from model import require
 
 def read_run(folder: Path) -> dict:
     """What a finished run recorded, as a row says it. Raises OSError or ValueError."""
-    entries, path = read_log(folder), folder / "run.json"
+    entries = read_log(folder)
     final = next((entry for entry in reversed(entries) if entry.get("final")), None)
     unfinished = f"{folder} has no final evaluation: let it finish, with --resume {folder}"
     require(final is not None, unfinished)
     try:
-        run = read_json(path)
+        run = read_json(folder / "run.json")
         model, words = run["recipe"]["model"], list(run["arguments"])
         where = {key: str(run[key]) for key in ("corpus", "python", "torch", "device", "threads")}
         if "--out" in words:
@@ -35,11 +35,17 @@ def read_run(folder: Path) -> dict:
             "name": f"`{model['pattern']}`" + (" QK-Norm" if model["qk_norm"] else ""),
             "command": shlex.join(["python", "train.py", *words]),
             "trained": trained_length(run["recipe"]),
-            "losses": [final["val_loss"], final["val_bits_per_byte"]],
-            "scores": {score["length"]: Score(**score) for score in final["table"]},
+            "losses": [typed(float, final[key], key) for key in ("val_loss", "val_bits_per_byte")],
+            "scores": {score.length: score for score in map(read_score, final["table"])},
         }
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): run it again") from None
+        raise ValueError(f"the record in {folder} is damaged ({error!r}): run it again") from None
+
+
+def read_score(score: dict) -> Score:
+    """A line of a run's own table."""
+    typed(float, score["exact"], "exact")
+    return Score(**score)
 
 
 def page(runs: list[dict], title: str) -> str:

@@ -223,6 +223,17 @@ def test_one_text_after_a_change_of_pattern():
         assert torch.equal(written(model, tokens), uncached(model, tokens))
 
 
+def test_fill_reads_in_the_precision_of_autocast():
+    """As `hidden` does, to the bit: what a question meets was read as the question is."""
+    model, tokens = tiny().float(), text(1, 9)
+    cache, other = model.new_cache(1, 20), model.new_cache(1, 20)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        fill(model, tokens, cache)
+        model.hidden(tokens, other)
+    for a, b in zip((*cache.k, *cache.v), (*other.k, *other.v)):
+        assert torch.equal(a, b)
+
+
 def test_prefill_and_fill_are_one_reading():
     model, tokens = tiny(), text(2, 9)
     cache, other = model.new_cache(2, 20), model.new_cache(2, 20)

@@ -593,6 +593,9 @@ def test_autocast_narrows_the_residual_stream():
     for g, fine in zip(gradients(model, loss).values(), gradients(model, expected).values()):
         assert g.dtype == torch.float32
         assert (g - fine).norm() < 0.05 * fine.norm()
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 and the meta device alone
+        assert tiny("rN").hidden(tokens).dtype == torch.float64
+        assert tiny("rN").to("meta").hidden(tokens.to("meta")).is_meta
 
 
 @pytest.mark.parametrize("pattern", ["rrrN", "R"])

@@ -190,6 +190,20 @@ def test_a_recipe_comes_back_from_its_tables(tmp_path):
     assert made.model == ModelConfig(window=16) and len(made.stages()) == 2
 
 
+def test_a_flag_takes_the_place_of_a_schedule_from_the_first_step(tmp_path):
+    """The default recipe's windows grow; --window says one for all. What only a later phase sets is
+    the recipe's."""
+    grows = MODEL + PHASE + "window = 8\n" + PHASE + "window = 16\n"
+    made = read(tmp_path, grows)
+    assert [stage.config.window for stage in made.stages()] == [8, 16]
+    tables = recipes.read_toml(tmp_path / "recipe.toml")
+    made = recipes.build(tables, {"window": 4})
+    assert [stage.config.window for stage in made.stages()] == [4, 4]
+    tables["phase"][0].pop("window")
+    with pytest.raises(ValueError, match="--window would be overruled by phase 2"):
+        recipes.build(tables, {"window": 4})
+
+
 # ------------------------------------------------------------------------------------------------
 # Anything at all
 
