@@ -201,7 +201,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
 
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            raise ValueError("backend 'flex' cannot train on CPU: use 'banded' or 'sdpa'")
+            raise ValueError("backend 'flex' has no backward pass on CPU: use 'banded', 'sdpa'")
         # It refuses what could require a gradient, even where none is wanted.
         q, k, v = q.detach(), k.detach(), v.detach()
     # Lengths may become symbolic, since prompts have many.

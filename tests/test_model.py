@@ -589,7 +589,8 @@ def test_autocast_narrows_the_residual_stream():
         loss = model.loss(tokens, tokens)
     assert {x.dtype for x in (*kept, hidden)} == {torch.bfloat16}
     assert loss.dtype == torch.float32 and loss != expected
-    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    # Logits of a few units, each rounded to 2^-9 several times on its way.
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0.02)
     for g, fine in zip(gradients(model, loss).values(), gradients(model, expected).values()):
         assert g.dtype == torch.float32
         assert (g - fine).norm() < 0.05 * fine.norm()
