@@ -155,8 +155,9 @@ def check_any_chunks(mine):
 @points(3)
 def check_bounded(mine):
     """Bytes that it keeps alive, wherever they hide: those of `window` tokens."""
-    for heads, chunks in ((1, (40, 1)), (2, (40, 1)), (1, (3, 5)), (1, (1,))):
-        stream = Stream(mine, 8, heads, heads, d=64)
+    cases = ((8, 1, (40, 1)), (8, 2, (40, 1)), (8, 1, (3, 5)), (8, 1, (1,)), (1, 1, (3,)))
+    for window, heads, chunks in cases:
+        stream = Stream(mine, window, heads, heads, d=64)
         early = fed(mine, stream, chunks, 60)
         grown = fed(mine, stream, chunks, 260) - early
         if grown > 1000:
