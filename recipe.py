@@ -221,7 +221,7 @@ def build(
 
     `base` is the configuration of the checkpoint that training starts from: what neither file nor
     flags say is as it was there; its shape cannot change, and its treatment of positions only by a
-    flag or a phase. Raises ValueError.
+    flag or a phase. A flag holds in every phase if the first sets its field. Raises ValueError.
     """
     flags, tables = dict(flags or {}), dict(tables)
     table, phases = tables.pop("model", {}), tables.pop("phase", [])

@@ -309,7 +309,7 @@ def test_the_default_micro_batch_fits(compiled):
     rows = fitting(recipe, model.matmul_parameters(), memory, compiled, True) // 2048
     assert rows >= 4, "else this shows nothing"
     tokens = torch.zeros(rows, 2048, dtype=torch.long, device="cuda")
-    optimizers = make_optimizers(model, recipe)
+    optimizers = make_optimizers(model, recipe, bf16=True)
     loss_of = one_graph(model.loss, dynamic=False) if compiled else model.loss
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
@@ -328,7 +328,7 @@ def test_what_resumes_waits_for_no_counter():
     recipe = build(read_toml(Path(__file__).parent.parent / "recipes" / "gpu-30m.toml"), {})
 
     def resumed(states):
-        optimizers = make_optimizers(model, recipe)
+        optimizers = make_optimizers(model, recipe, bf16=True)
         for optimizer, state in zip(optimizers, states):
             optimizer.load_state_dict(state)
         step(model, model.loss, tokens, targets, True)
