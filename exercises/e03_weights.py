@@ -46,8 +46,8 @@ def weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     raise NotImplementedError
 
 
-# Question: how many bits of entropy has attention over up to 512 random keys of width 64? 9 bits
-# are uniform over 512, 0 is one key.    python -m exercises.e03_weights
+# Question: how many bits of entropy has attention over 257 to 512 random keys of width 64, in the
+# mean? 9 bits are uniform over 512, 0 is one key.    python -m exercises.e03_weights
 ANSWER = None
 
 

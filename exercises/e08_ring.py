@@ -6,8 +6,8 @@ same attention for every way to cut a text into chunks: a prompt at once, then t
 chunks longer or shorter than the window.
 
         window 4, held 3 4 5 6, a chunk of three comes: 7 8 9
-        query 7 needs   4 5 6 7             returned   4 5 6 7 8 9 (in any order) with positions
-        query 9 needs         6 7 8 9       held then        6 7 8 9
+        query 7 needs   4 5 6 7             returned   4 5 6 7 8 9 with positions, in any order;
+        query 9 needs         6 7 8 9       held then        6 7 8 9        more does no harm
 
 Each chunk's queries see what was held before and the chunk itself, masked by the positions that you
 return. Softmax does not mind the order of the keys.

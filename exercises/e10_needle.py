@@ -52,8 +52,9 @@ def error(values: list[float]) -> float:
     raise NotImplementedError
 
 
-# Question: by how much does your own rrrN beat your own R at 2,048 tokens, four times the trained
-# length?    python -m exercises.e10_needle out/laptop-r64r64r64N-s1/last out/laptop-R-s1/last
+# Question: exact of your own rrrN minus exact of your own R at 2,048 tokens, four times the trained
+# length? A share: 0.25 where one finds half and the other a quarter.
+#     python -m exercises.e10_needle out/laptop-r64r64r64N-s1/last out/laptop-R-s1/last
 ANSWER = None
 
 

@@ -295,7 +295,11 @@ def answer(given, wanted: float | tuple[float, float], tolerance: float = 0, hin
     for value, sentence in (hints or {}).items():
         if abs(given - value) <= max(tolerance, abs(value) * 0.02):
             raise Wrong(f"ANSWER = {given}: {sentence}")
-    raise Wrong(f"ANSWER = {given} is not what the measurement prints")
+    said = "is not what the measurement prints when every other check passes"
+    for turned, guess in ((given / 100, "a share, not percents?"), (-given, "the other sign?")):
+        if low <= turned <= high <= 1:
+            said += f" ({guess})"
+    raise Wrong(f"ANSWER = {given} {said}")
 
 
 def kept(*roots) -> tuple[int, int, int]:

@@ -90,7 +90,7 @@ def import_rule(node: ast.AST, extra: dict, forbidden: set) -> str | None:
     if isinstance(node, ast.Import):
         for alias in node.names:
             if alias.name not in IMPORTS:
-                return f"imports {alias.name}"
+                return f"imports {alias.name}: torch, einops and math are enough"
     if isinstance(node, ast.ImportFrom):
         source = "." * node.level + (node.module or "")
         for alias in node.names:
@@ -98,7 +98,7 @@ def import_rule(node: ast.AST, extra: dict, forbidden: set) -> str | None:
                 if alias.name not in extra[source]:
                     return f"imports {alias.name} from {source}"
             elif source not in IMPORTS:
-                return f"imports {source}"
+                return f"imports {source}: torch, einops and math are enough"
             elif alias.name == "*":
                 return f"imports * from {source}: name what you use"
             elif alias.name in forbidden:
@@ -198,13 +198,15 @@ def name_rule(node: ast.AST, forbidden: set) -> str | None:
                 f"uses {name}: the specification shows what to compute, it is not the answer "
                 "(below `__main__` you may compare)"
             )
-        if isinstance(node, ast.Name) and (name in REFUSED or name in forbidden):
+        if isinstance(node, ast.Name) and name in forbidden:
+            return f"uses {name}: that is the exercise"
+        if isinstance(node, ast.Name) and name in REFUSED:
             return f"uses {name}"
     if isinstance(node, ast.MatchClass):  # `case object(sys=s)` reads an attribute
         hidden = [name for name in node.kwd_attrs if name in OUTWARD or name.startswith("__")]
         return f"uses {hidden[0]}" if hidden else None
     if isinstance(node, ast.Attribute) and node.attr in forbidden:
-        return f"uses {node.attr}"
+        return f"uses {node.attr}: that is the exercise"
     return None
 
 

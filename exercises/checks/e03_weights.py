@@ -35,6 +35,10 @@ def weights_spec(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 
 
 UPSIDE = "True means visible: your mask is upside down"
+NAN = (
+    "nan, where every key is seen. True means visible: a mask upside down hides whole rows; and "
+    "0 times infinity is nan: masked_fill the scores"
+)
 TILED = "query head h reads key head h // group: heads that share a key head stand side by side"
 
 
@@ -57,6 +61,7 @@ def near_misses(q: Tensor, k: Tensor, mask: Tensor) -> dict[str, Tensor]:
             scores, mask, -2
         ),
         "these are scores: softmax is missing": scores,
+        "over the keys of a query: your softmax runs over the heads": softmax(scores, mask, 1),
         UPSIDE: softmax(scores, ~mask),
         UPSIDE + ".": scores.masked_fill(mask, -1e9).softmax(-1),
         UPSIDE + "..": scores.softmax(-1) * ~mask,
@@ -80,6 +85,8 @@ def check_two_keys(mine):
     mask = torch.ones(1, 2, dtype=torch.bool)
     got = mine.weights(q.clone(), k.clone(), mask.clone())
     wanted = torch.tensor([[[[0.25, 0.75]]]])
+    if type(got) is Tensor and got.shape == wanted.shape and got.isnan().any():
+        raise Wrong(NAN)
     same("scores of 0 and ln 3", got, wanted, near_misses(q, k, mask))
 
 
@@ -96,7 +103,11 @@ def check_rows(mine):
         raise Wrong(f"hidden keys weigh up to {(got * ~mask).abs().max():.2g}: they weigh nothing")
     q, k = torch.randn(1, 1, 1, 4).expand(1, 1, 5, 4), torch.randn(1, 1, 1, 4).expand(1, 1, 5, 4)
     uniform = mask / torch.arange(1, 6)[:, None]
-    same("weights of equal tokens", mine.weights(q, k, mask), uniform[None, None])
+    same(
+        "weights of equal tokens",
+        mine.weights(q.clone(), k.clone(), mask.clone()),
+        uniform[None, None],
+    )
 
 
 @points(2)
@@ -117,6 +128,7 @@ def check_specification(mine):
 def check_large(mine):
     """Scores of 500 and more, seen or hidden."""
     mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    compare(mine, "small scores", *torch.randn(2, 1, 1, 4, 4), mask)
     for scale in (1.0, -1.0):
         q, k = torch.full((1, 1, 4, 4), 10.0), torch.randn(1, 1, 4, 4)
         k[0, 0, :, 0] = scale * torch.tensor([1.0, 30.0, 99.0, 101.0])
@@ -151,6 +163,7 @@ def check_precision(mine):
     q, k = (torch.randint(-3, 4, (1, 2, n, 16)).bfloat16() for n in (12, 40))
     mask = torch.rand(12, 40) < 0.8
     mask[:, 0] = True
+    compare(mine, "the same in float32", q.float(), k.float(), mask)  # what is wrong there too
     exact = weights_spec(q.double(), k.double(), mask)
     with Exponentials() as taken:
         got = mine.weights(q.clone(), k.clone(), mask)
@@ -164,7 +177,7 @@ def check_precision(mine):
 
 @points(1)
 def check_answer(mine):
-    """Bits of attention over up to 512 random keys."""
+    """Bits of attention over 257 to 512 random keys."""
     hints = {
         1.18: "that is without the scale: attention is nearly one-hot",
         8.55: "that is divided by d: attention is nearly uniform",

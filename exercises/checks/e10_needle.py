@@ -85,8 +85,10 @@ def example(given: list[int], wrong: list[int], v: int = 12) -> tuple[Tensor, Te
 def compare(mine, what: str, given: list[int], wrong: list[int]) -> None:
     logits, tokens, asked = example(given, wrong)
     wanted, near = exact_spec(logits, tokens, asked), near_misses(logits, tokens, asked)
-    if max(given) > 0:
-        near.pop(LATE)  # it is known from one question; of several it has the values of others
+    if max(given) > 0:  # told by one question; of several it has the values of other mistakes
+        late = near.pop(LATE)
+        either = {said: f"{said.rstrip('.')}; or {LATE}" for said in near if near[said] == late}
+        near = {either.get(said, said): value for said, value in near.items()}
     got = mine.exact(logits.clone(), tokens.clone(), asked.clone())
     number(f"exact, {what}", got, wanted, near)
 
