@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class Plan:
     @property
     def toml(self) -> dict:
         """The recipe's tables."""
-        return read_toml(HERE / "recipes" / f"{self.recipe}.toml")
+        return _tables(HERE / "recipes" / f"{self.recipe}.toml")
 
     @property
     def trained(self) -> int:
@@ -87,6 +87,9 @@ class Plan:
         layers = self.flag("n-layer", str(self.toml["model"]["n_layer"]))
         plan = Plan(recipe, (("n-layer", layers), ("eval-questions", "0")), self)
         return plan.with_flags(seed=self.flag("seed"))
+
+
+_tables = cache(read_toml)  # a report asks some ten thousand times
 
 
 def _hash(content) -> str:
