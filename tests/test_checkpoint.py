@@ -890,10 +890,10 @@ def test_mutated_configs_are_accepted_or_one_line(tmp_path, kind):
     whole = json.loads((tmp_path / "config.json").read_text())
     whole = older_config() if kind == "4.48" else whole
     rng, accepted = random.Random(kind), 0
-    for _ in range(150):
+    for _ in range(100):
         (tmp_path / "config.json").write_bytes(mutated_object(whole, rng))
         accepted += check_accepted_or_one_line(tmp_path)
-    assert 0 < accepted < 120
+    assert 0 < accepted < 80
 
 
 def test_mutated_headers_are_accepted_or_one_line(tmp_path):
@@ -905,7 +905,7 @@ def test_mutated_headers_are_accepted_or_one_line(tmp_path):
     header, rng, accepted = json.loads(whole[8 : 8 + length]), random.Random(3), 0
     others = [{"dtype": "F8_E4M3"}, {"dtype": "BOOL"}, {"shape": []}, {"shape": [2**62, 2]}]
     others += [{"data_offsets": [0, 4]}, {"shape": [-1]}, {"dtype": "BF16"}, {}, {"more": 1}]
-    for _ in range(250):
+    for _ in range(120):
         changed = dict(header)
         name = rng.choice(list(header))
         tensor = changed.pop(name) if rng.random() < 0.3 else changed[name]
@@ -916,7 +916,7 @@ def test_mutated_headers_are_accepted_or_one_line(tmp_path):
         size = len(text).to_bytes(8, "little") if rng.random() < 0.9 else rng.randbytes(8)
         file.write_bytes(size + text + whole[8 + length :])
         accepted += check_accepted_or_one_line(tmp_path)
-    assert 0 < accepted < 200
+    assert 0 < accepted < 96
 
 
 # ------------------------------------------------------------------------------------------------

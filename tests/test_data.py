@@ -601,7 +601,7 @@ def mutated(raw, rng):
 
 @pytest.mark.parametrize("alone", [False, True], ids=["ours", "tokenizer.json alone"])
 def test_mutated_values_are_accepted_or_one_line(copy, alone):
-    """Two hundred corpora with a strange value in one of their JSON files: ValueError or OSError in
+    """A hundred corpora with a strange value in one of their JSON files: ValueError or OSError in
     one line, or a tokenizer that encodes, or refuses a text in one line."""
     files = ["meta.json", "tokenizer_meta.json"]
     if alone:
@@ -610,7 +610,7 @@ def test_mutated_values_are_accepted_or_one_line(copy, alone):
         (copy / "tokenizer_meta.json").unlink()
     rng, refused = np.random.default_rng(0), 0
     whole = {file: (copy / file).read_bytes() for file in files}
-    for _ in range(200):
+    for _ in range(100):
         file = files[rng.integers(2)]
         (copy / file).write_text(json.dumps(mutated(json.loads(whole[file]), rng)))
         try:
@@ -622,7 +622,7 @@ def test_mutated_values_are_accepted_or_one_line(copy, alone):
             assert str(error) and "\n" not in str(error)
             refused += 1
         (copy / file).write_bytes(whole[file])
-    assert 30 < refused < 190
+    assert 15 < refused < 95
 
 
 @pytest.mark.parametrize("file", ["meta.json", "train.bin", "val.bin", "tokenizer.tiktoken"])
