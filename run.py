@@ -69,10 +69,6 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
         value = options.get(flag, least)
         require(value >= least, f"--{flag.replace('_', '-')} {value} must be at least {least}")
     device, native_bf16 = choose_device(options.get("device"))
-    flex = options.get("backend") == "flex" and options.get("max_steps", 1)
-    require(
-        not flex or device.type != "cpu", "--backend flex cannot train on cpu: banded and sdpa can"
-    )
 
     # What to train: by the run's own recipe, or by a file, from a checkpoint's weights or new ones.
     model = None
@@ -116,7 +112,16 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
     run.compile = options.get("compile")
     run.micro_batch = options.get("micro_batch", 0)
     run.max_steps = min(options.get("max_steps", recipe.steps), recipe.steps)
+    if not resuming:
+        check_backend(run)
     return run, resuming
+
+
+def check_backend(run: Run) -> None:
+    """ValueError where steps are ahead and the backend has no backward pass."""
+    one_way = run.model.backend == "flex" and run.device.type == "cpu"
+    said = "--backend flex cannot train on cpu: banded and sdpa can"
+    require(not one_way or run.step >= run.max_steps, said)
 
 
 def is_run(out: Path) -> bool:
@@ -199,6 +204,7 @@ def resume(run: Run) -> list[dict]:
         run.step = checkpoint.typed(int, state["step"], "step")
         run.best, states = float(state["best"]), state["optimizers"]
         require(0 <= run.step <= run.recipe.steps, "no step of the recipe's")
+    check_backend(run)
     checkpoint.verify_config(last, asdict(config_at(run.recipe, run.step)), run.out / "run.json")
     run.model.load_state_dict(Transformer.from_pretrained(last, run.device).state_dict())
     if RANK == 0:

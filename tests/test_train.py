@@ -322,6 +322,16 @@ def test_the_checkpoint_is_the_uncompiled_model(run, tmp_path):
         assert all(key.startswith("model.") and "_orig_mod" not in key for key in file.keys())
 
 
+def test_a_finished_run_is_evaluated_by_any_backend(run, error, tmp_path):
+    """FlexAttention has no backward pass on a CPU: refused where steps are ahead alone."""
+    run("--out", "x", "--max-steps", "11")
+    assert "flex cannot train on cpu" in error(train.main, "--resume", "x", "--backend", "flex")
+    run("--resume", "x", recipe=None)
+    before = (tmp_path / "x" / "log.jsonl").read_text()
+    run("--resume", "x", "--backend", "flex", recipe=None)
+    assert (tmp_path / "x" / "log.jsonl").read_text() == before  # nothing was trained
+
+
 def test_best_and_last_are_relative_links_and_nothing_else_stays(run, tmp_path):
     run("--out", "x", "--eval-every", "2")
     folder = tmp_path / "x"
