@@ -406,7 +406,8 @@ def command_line() -> CommandLine:
     add("--sha256", metavar="HEX", help="what --url must hash to")
     add("--packages", **several, metavar="NAME", help="installed packages' code")
     add("--encoding", choices=["gpt2"], help="tiktoken's, in place of a vocabulary trained here")
-    add("--vocab-size", type=int, metavar="N", help="ids, end of text included (default 2048)")
+    size = "ids, end of text included (default 2048); a GPU likes multiples of 128"
+    add("--vocab-size", type=int, metavar="N", help=size)
     add("--out", type=Path, metavar="DIR", help=place)
     return parser
 
