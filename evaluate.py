@@ -62,19 +62,16 @@ def needle_score(model: Transformer, examples: list[Example]) -> Score:
     exact, digits, questions = [], [], 0
     device = next(model.parameters()).device
     for example in examples:
-        tokens = torch.from_numpy(example.tokens)[None].to(device)
-        answer = torch.from_numpy(example.answer)[1:]
-        asked = answer >= 0
+        tokens, answer = torch.from_numpy(example.tokens), torch.from_numpy(example.answer)[1:]
+        place = (answer >= 0).nonzero()[:, 0]
         # What stands before is only read, the same number of tokens in (nearly) every example.
-        first = int(asked.int().argmax()) // 128 * 128
-        cache = model.new_cache(1, tokens.shape[1])
-        fill(model, tokens[:, :first], cache)
-        asked, answer = asked[first:].to(device), answer[first:]
-        hidden = model.hidden(tokens[:, first:-1], cache)[0, asked]
-        likeliest = model.unembed(hidden).argmax(-1)
-        right = (likeliest == tokens[0, first + 1 :][asked]).cpu().numpy()
-        answer = answer[asked.cpu()].numpy()
-        whole = [right[answer == i].all() for i in np.unique(answer)]
+        first = int(place[0]) // 128 * 128
+        text, cache = tokens[None].to(device), model.new_cache(1, len(tokens))
+        fill(model, text[:, :first], cache)
+        hidden = model.hidden(text[:, first:-1], cache)[0, (place - first).to(device)]
+        likeliest = model.unembed(hidden).argmax(-1).cpu()
+        right, asked = (likeliest == tokens[place + 1]).numpy(), answer[place].numpy()
+        whole = [right[asked == i].all() for i in np.unique(asked)]
         exact.append(np.mean(whole))
         digits.append(np.mean(right))
         questions += len(whole)
