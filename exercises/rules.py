@@ -102,7 +102,7 @@ def import_rule(node: ast.AST, extra: dict, forbidden: set) -> str | None:
             elif alias.name == "*":
                 return f"imports * from {source}: name what you use"
             elif alias.name in forbidden:
-                return f"uses {alias.name}"
+                return f"uses {alias.name}: that is the exercise"
             elif alias.name in OUTWARD:
                 return f"imports {alias.name} from {source}"
             elif source != "__future__" and is_outside(member(source), alias.name):

@@ -112,8 +112,9 @@ def assert_same_run(folder, other):
 
 def test_one_process_then_two_by_micro_batches_then_one(words):
     train.main(words(SSMAX, "--out", "one"))
-    train.main(words(SSMAX, "--out", "two", "--micro-batch", "128", "--max-steps", "3"))
-    command = [*TORCHRUN, str(ROOT / "train.py"), "--resume", "two", "--max-steps", "10"]
+    train.main(words(SSMAX, "--out", "two", "--max-steps", "3"))
+    flags = ["--resume", "two", "--micro-batch", "128", "--max-steps", "10"]
+    command = [*TORCHRUN, str(ROOT / "train.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(steps("two")) == 10
@@ -177,5 +178,6 @@ def test_an_interrupt_of_one_stops_all_after_the_same_step(words):
     # The first says it for all.
     assert err == f"error: interrupted after step {len(steps('x'))}: go on with --resume x\n"
     assert out.splitlines()[-1] == "[2, 0]"
+    assert json.loads(Path("x", "run.json").read_text())["processes"] == 2
     assert not list(Path("x").glob("*.partial"))
     Transformer.from_pretrained("x/last")
