@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 OURS = "ropenope"  # the model_type of what Cohere2 cannot express
 ENDLESS = 2**30  # the window of Cohere2's rotated layers that see all: no sequence reaches it
@@ -350,6 +351,23 @@ def save(path: str | Path, config: dict, state_dict: dict[str, torch.Tensor]) ->
     write = lambda file: save_file(tensors, file, metadata={"format": "pt"})
     replace_file(folder / "model.safetensors", write)
     replace_file(folder / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+class Unfilled(TorchFunctionMode):
+    """Nothing is drawn for the parameters of modules made in this context."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("normal_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules made in this context are on the meta device; to draw their values even there, torch
+    would import its compiler, which takes longer than most checkpoints to load."""
+    with torch.device("meta"), Unfilled():
+        yield
 
 
 @torch.no_grad()

@@ -258,7 +258,7 @@ class Transformer(nn.Module):
         """The model in the folder `path`, ours or Hugging Face's Cohere2, straight to `device` and
         `dtype`. OSError or ValueError where it is missing, damaged, or not implemented."""
         config = checkpoint.read_config(path, ModelConfig)
-        with torch.device("meta"):
+        with checkpoint.shapes_only():
             model = cls(config)
         checkpoint.load_weights(path, model, device, dtype)
         return model.eval()

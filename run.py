@@ -100,7 +100,7 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
     recipe = replace(recipe, model=replace(recipe.model, vocab_size=vocab_size))
     needles = check_fit(corpus, recipe.stages(), recipe.batch_tokens, recipe.seed, RANKS)
 
-    with torch.device("meta"):
+    with checkpoint.shapes_only():
         check_memory(Transformer(recipe.model), device)
     if model is None:
         torch.manual_seed(recipe.seed)

@@ -3,8 +3,6 @@ tokenizer in our code, in transformers and after a round trip through it."""
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from data.prepare import main as prepare_main
 from data.prepare import prepare, read_text, unfinished
 from data.tokenizer import LONGEST_RUN, load_tokenizer, train_tokenizer
 from model import ModelConfig, Transformer
+from processes import Command
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "def attend(q, k, v):\n    return softmax(q @ k.T / 8) @ v  # naïve — and slow\n"
@@ -190,18 +189,17 @@ def test_mutated_files_are_accepted_or_one_line(tmp_path):
 def test_the_second_first_run_takes_the_winners_corpus(tmp_path):
     """Three processes that find no corpus, as a sweep or a class on a shared disk does."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data.prepare as p; "
+        "import data.prepare as p; "
         "p.python_sources = lambda root: [(str(i), 'def f(x): return x\\n' * 500) "
         "for i in range(20)]; real = p.prepare_stdlib; "
         "p.prepare_stdlib = lambda out: real(out, 265); "
         "print(p.open_corpus().hash)"
     )
-    command = [sys.executable, "-c", code]
-    many = [subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True) for _ in "123"]
-    said = [process.communicate(timeout=60) for process in many]
-    assert [process.returncode for process in many] == [0, 0, 0], said
-    hashes = {out.splitlines()[-1] for out, _ in said}
-    assert len(hashes) == 1 and sum("documents" in out for out, _ in said) == 1
+    many = [Command("-c", code, folder=tmp_path) for _ in "123"]
+    said = [process.wait(60).out for process in many]
+    assert [process.status for process in many] == [0, 0, 0], [process.err for process in many]
+    assert len({out.splitlines()[-1] for out in said}) == 1
+    assert sum("documents" in out for out in said) == 1
     assert os.listdir(tmp_path / "corpora") == ["stdlib"]
 
 

@@ -7,10 +7,8 @@ import csv
 import importlib
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from contextlib import redirect_stdout
@@ -23,6 +21,7 @@ from exercises.conftest import table
 from exercises.harness import BONUS, EXERCISES, HERE, Result, Wrong, checks, load, run
 from exercises.rules import MAIN, is_spec
 from exercises.solutions.mutants import ALSO_RIGHT, CHEATS, MUTANTS
+from processes import Command
 
 SOLUTIONS = {
     name: (HERE / f"solutions/{name}.py").read_text(encoding="utf-8") for name in EXERCISES
@@ -284,7 +283,7 @@ def test_a_class_comes_out(tmp_path, capsys):
     (room / "notes.txt").write_text("no student")
 
     out, feedback = tmp_path / "points.csv", tmp_path / "feedback"
-    grade.main([str(room), "--out", str(out), "--feedback", str(feedback), "--seconds", "4"])
+    grade.main([str(room), "--out", str(out), "--feedback", str(feedback), "--seconds", "3"])
     with open(out, newline="", encoding="utf-8") as file:
         rows = {row["student"]: row for row in csv.DictReader(file)}
     assert list(rows["honest"]) == ["student", "total", *EXERCISES, "remarks"]
@@ -297,7 +296,7 @@ def test_a_class_comes_out(tmp_path, capsys):
     }
     assert "line 1: SyntaxError" in rows["wrong way"]["remarks"]
     assert "SystemExit" in rows["faker"]["remarks"]
-    assert "took longer than 4 seconds" in rows["faker"]["remarks"]
+    assert "took longer than 3 seconds" in rows["faker"]["remarks"]
     assert rows["empty"]["remarks"] == "no exercise's file" and not rows["honest"]["remarks"]
     said = (feedback / "wrong way.txt").read_text(encoding="utf-8")
     assert "quarter_turn" in said and "turned the wrong way" in said
@@ -306,12 +305,9 @@ def test_a_class_comes_out(tmp_path, capsys):
 
 def students_pytest(folder, *words):
     """What `pytest exercises/` says of the files of a folder."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "exercises/", *words]
-    environment = os.environ | {"EXERCISES": str(folder)}
-    done = subprocess.run(
-        command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=120
-    )
-    return done.returncode, done.stdout
+    pytest = "-m", "pytest", "-p", "no:cacheprovider", "exercises/"
+    done = Command(*pytest, *words, folder=HERE.parent, EXERCISES=str(folder)).wait()
+    return done.status, done.out
 
 
 def test_a_students_pytest(tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from model import ModelConfig, Transformer
+
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [  # from the ground; a module may import what stands on a lower floor, or in its own room
     {"fast", "checkpoint", "commandline"},
@@ -103,14 +105,23 @@ def test_no_line_is_wide_and_no_formatter_switched_off():
             assert "fmt: " + "off" not in line and "fmt: " + "skip" not in line, f"{path}:{number}"
 
 
-def test_the_compiler_and_flex_attention_are_imported_when_first_used():
-    """`train.py --help` pays for torch and little else."""
+def test_the_compiler_and_flex_attention_are_imported_when_first_used(tmp_path):
+    """`train.py --help` pays for torch and little else; nor does sampling pay for the compiler."""
     code = (
-        "import sys, train; late = ('torch._dynamo', 'torch._inductor', 'transformers', 'rustbpe',"
-        " 'torch.nn.attention.flex_attention', 'matplotlib', 'tokenizers'); "
-        "print([name for name in late if name in sys.modules])"
+        "import sys, torch, train, sample\n"
+        "late = ('torch._dynamo', 'torch._inductor', 'transformers', 'rustbpe', 'matplotlib',"
+        " 'torch.nn.attention.flex_attention', 'tokenizers')\n"
+        "print([name for name in late if name in sys.modules])\n"
+        "model = train.Transformer.from_pretrained(sys.argv[1])\n"
+        "list(sample.stream(model, torch.zeros(1, 3, dtype=torch.long), 4))\n"
+        "print([name for name in late if name in sys.modules])\n"
     )
+    Transformer(ModelConfig(n_layer=4, d_model=8, n_head=2, n_kv_head=1)).save_pretrained(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert done.stdout.split("\n") == ["[]", "[]", ""], done.stdout + done.stderr

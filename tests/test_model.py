@@ -770,13 +770,13 @@ def test_a_compiled_loss_at_one_length_after_another():
     model, traced = tiny("rN"), []
     trace = lambda graph, _: traced.append(graph) or graph
     loss = one_graph(model.loss, backend=trace, dynamic=False)
-    for t in (70, 140, 1100, 70):
+    for t in (70, 1100, 70):
         tokens = text(1, t)
         compiled, eager = (
             gradients(model, f(tokens[:, :-1], tokens[:, 1:])) for f in (loss, model.loss)
         )
         torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-11)
-    assert len(traced) == 3 and not any("sym_size" in graph.code for graph in traced)
+    assert len(traced) == 2 and not any("sym_size" in graph.code for graph in traced)
     torch._dynamo.reset()
 
 
@@ -809,7 +809,7 @@ def test_one_graph_compiles_more_shapes_than_torchs_limit_or_says_so():
 def test_a_compiled_loss_is_one_graph_and_guards_on_nothing_hidden():
     """The second step, a new configuration that changes no layer, and evaluation between the steps
     trace nothing anew."""
-    model, traced = tiny("rrrN"), []
+    model, traced = tiny("rN"), []
     loss = one_graph(model.loss, backend=lambda graph, _: traced.append(graph) or graph)
     tokens = text(2, 40)
     for trained_length in (None, None, 40):

@@ -1,16 +1,12 @@
 """Data parallel: two processes train as one does, stop and go on as one does, and only the first of
 them speaks and writes.
 
-torchrun starts real processes over gloo, some seconds each, so that every launch here serves
-several questions.
+Real processes over gloo, some seconds each, so that every launch here serves several questions.
 """
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,24 +16,7 @@ import torch
 
 import train
 from model import Transformer
-
-ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# Both ranks as torchrun starts them, forked from one process, so that torch is imported once. An
-# interrupt reaches the second alone. What is printed last: how they ended.
-FORKED = """
-import os, runpy, signal, sys
-import torch, torch.distributed
-sys.argv, ranks = sys.argv[1:], []
-for rank in "01":
-    ranks.append(os.fork())
-    if ranks[-1] == 0:
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
-        runpy.run_path(sys.argv[0], run_name="__main__")
-signal.signal(signal.SIGINT, lambda *_: os.kill(ranks[1], signal.SIGINT))
-print([os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks])
-"""
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+from processes import ROOT, Command
 
 RECIPE = """
 batch_tokens = 512
@@ -81,16 +60,17 @@ def words(tmp_path, corpus_folder, monkeypatch):
     return write
 
 
-def forked(argv):
-    """The two ranks of a training, started -> the process above them."""
+def two_ranks(words, folder):
+    """Both processes of a training, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-c", FORKED, str(ROOT / "train.py"), *argv]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | place, **pipes)
+    start = lambda rank: Command(
+        ROOT / "train.py", *words, folder=folder, **place, RANK=rank, LOCAL_RANK=rank
+    )
+    return start("0"), start("1")
 
 
 def steps(folder):
@@ -110,15 +90,14 @@ def assert_same_run(folder, other):
     np.testing.assert_allclose(steps(folder), steps(other), rtol=1e-5)
 
 
-def test_one_process_then_two_by_micro_batches_then_one(words):
+def test_one_process_then_two_by_micro_batches_then_one(words, tmp_path):
     train.main(words(SSMAX, "--out", "one"))
     train.main(words(SSMAX, "--out", "two", "--max-steps", "3"))
     flags = ["--resume", "two", "--micro-batch", "128", "--max-steps", "10"]
-    command = [*TORCHRUN, str(ROOT / "train.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    first, second = (rank.wait() for rank in two_ranks(flags, tmp_path))
+    assert [first.status, second.status] == [0, 0], first.err + second.err
     assert len(steps("two")) == 10
-    printed = done.stdout.splitlines()
+    printed = (first.out + second.out).splitlines()
     assert "2 x cpu" in printed[0]
     said = [line for line in printed if line]
     assert len(set(said)) == len(said)  # by one process
@@ -144,40 +123,35 @@ def test_sequences_that_do_not_divide_among_the_processes(words, monkeypatch):
     train.read(words(RECIPE, "--out", "y"))
 
 
-@needs_fork
-@pytest.mark.parametrize(
-    "text,flags,said",
-    [
-        (RECIPE, ["--patern", "R"], "error: unknown flag --patern; did you mean --pattern?"),
-        (RECIPE.replace("lr = 0.002", "lr = 1e18"), ["--out", "x"], "error: step 7: the loss is "),
-    ],
-)
-def test_an_error_of_all_is_said_once(words, text, flags, said):
-    """Bad input, and a loss that is not finite."""
-    ranks = forked(words(text, *flags))
-    out, err = ranks.communicate(timeout=120)
-    errors = [line for line in err.splitlines() if "error:" in line]
-    assert len(errors) == 1 and errors[0].startswith(said), err
-    assert out.splitlines()[-1] == "[2, 0]"
-    if "x" in flags:
-        assert torch.isfinite(Transformer.from_pretrained("x/last").embed_tokens.weight).all()
-    else:
-        assert not Path("out").exists()
+def test_torchrun_says_an_error_of_all_once(words, tmp_path):
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
+    flags = words(RECIPE, "--patern", "R")
+    done = Command(*torchrun, ROOT / "train.py", *flags, folder=tmp_path).wait()
+    unknown = "error: unknown flag --patern; did you mean --pattern?"
+    assert done.err.splitlines().count(unknown) == 1 and "2 x cpu" not in done.out
+    assert done.status == 1 and not Path("out").exists()
 
 
-@needs_fork
-def test_an_interrupt_of_one_stops_all_after_the_same_step(words):
+def test_a_loss_that_is_not_finite_is_said_once(words, tmp_path):
+    words = words(RECIPE.replace("lr = 0.002", "lr = 1e18"), "--out", "x")
+    ranks = [rank.wait() for rank in two_ranks(words, tmp_path)]
+    errors = [line for rank in ranks for line in rank.err.splitlines()]
+    assert len(errors) == 1 and errors[0].startswith("error: step 7: the loss is "), errors
+    assert [rank.status for rank in ranks] == [2, 0]
+    assert torch.isfinite(Transformer.from_pretrained("x/last").embed_tokens.weight).all()
+
+
+def test_an_interrupt_of_one_stops_all_after_the_same_step(words, tmp_path):
     """Of which only the second hears of it: none is left waiting for the other."""
     text = RECIPE.replace("steps = 6", "steps = 100_000")
-    ranks = forked(words(text, "--out", "x"))
+    first, second = two_ranks(words(text, "--out", "x"), tmp_path)
     deadline = time.time() + 60
     while not (Path("x/log.jsonl").exists() and len(steps("x")) > 3) and time.time() < deadline:
         time.sleep(0.1)
-    ranks.send_signal(signal.SIGINT)
-    out, err = ranks.communicate(timeout=60)
-    # The first says it for all.
-    assert err == f"error: interrupted after step {len(steps('x'))}: go on with --resume x\n"
-    assert out.splitlines()[-1] == "[2, 0]"
+    second.send(signal.SIGINT)
+    said = first.wait(60).err + second.wait(60).err  # the first says it for all
+    assert said == f"error: interrupted after step {len(steps('x'))}: go on with --resume x\n"
+    assert [first.status, second.status] == [2, 0]
     assert json.loads(Path("x", "run.json").read_text())["processes"] == 2
     assert not list(Path("x").glob("*.partial"))
     Transformer.from_pretrained("x/last")

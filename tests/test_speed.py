@@ -2,7 +2,6 @@
 it, and what it writes."""
 
 import re
-import shutil
 from argparse import Namespace
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from attention import visible_pairs
 from lab import speed
 from lab.gpt2 import GPT2
 from model import ModelConfig, Transformer
+from processes import forks
 
 transformers = pytest.importorskip(
     "transformers", reason="the oracle; pip install -r requirements-dev.txt"
@@ -224,9 +224,10 @@ def test_memory_table(monkeypatch):
     assert model.recompute and loss != model.loss
 
 
-def test_memory_of_a_step():
+def test_memory_of_a_step(monkeypatch):
     """A step whose whole logits take 64 MiB and more is seen to take it; one by chunks takes
     less."""
+    monkeypatch.setattr(speed.multiprocessing, "get_context", lambda _: forks)  # torch is there
     job = speed.Job("", TINY | {"vocab_size": 2**15}, 1, 512)
     by_chunks, at_once = (
         alone(speed.step_memory, replace(job, whole=whole), CPU) for whole in (False, True)
@@ -234,9 +235,10 @@ def test_memory_of_a_step():
     assert at_once > 2**27 and by_chunks < 0.9 * at_once
 
 
-def test_a_long_prompt_takes_little_memory():
+def test_a_long_prompt_takes_little_memory(monkeypatch):
     """16k tokens through the laptop model: the (t v) logits alone would be 134 MB, a (t s) mask 268
     MB."""
+    monkeypatch.setattr(speed.multiprocessing, "get_context", lambda _: forks)
     job = speed.Job("", speed.DATA["shapes"]["laptop"], 1, 16384, task="prefill")
     assert 0 < alone(speed.step_memory, job, CPU) < 200 * 2**20
 
@@ -339,10 +341,12 @@ def test_what_is_compiled():
     ]
 
 
-def test_cohere2_decodes_compiled_with_its_static_cache():
-    """The strongest that transformers has: the same tokens, and after the first turn no graph."""
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("torch.compile on CPU needs a C++ compiler")
+def test_cohere2_decodes_compiled_with_its_static_cache(monkeypatch):
+    """The strongest that transformers has: the same tokens, and after the first turn no graph.
+    Traced only: what inductor would make of it is torch's."""
+    config = speed.compiled_anywhere()
+    config.backend, config.mode = "aot_eager", None
+    monkeypatch.setattr(speed, "compiled_anywhere", lambda: config)
     job = speed.Job("", TINY | {"vocab_size": 64}, 1, 12, task="decode", new_tokens=6)
     theirs = replace(job, kind="cohere2", compiled=True).work(CPU)
     counters.clear()

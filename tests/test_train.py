@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -38,9 +37,8 @@ from evaluate import needle_score, validation_loss
 from fast.muon import Muon, orthogonalise
 from lab import curves
 from model import ModelConfig, Transformer
+from processes import ROOT, Command
 from run import Log, is_run
-
-ROOT = Path(__file__).resolve().parent.parent
 
 TINY = """
 batch_tokens = 512
@@ -277,34 +275,20 @@ def test_kill_at_any_moment_leaves_a_checkpoint(tiny, corpus_folder, tmp_path):
     path.write_text(
         TINY.replace("eval_every = 1000", "eval_every = 1").replace("steps = 6", "steps = 60")
     )
-    command = [
-        sys.executable,
-        "train.py",
-        str(path),
-        "--data",
-        str(corpus_folder),
-        "--out",
-        str(tmp_path / "k"),
-    ]
+    words = [path, "--data", corpus_folder, "--out", tmp_path / "k"]
     killed = 0
     for attempt in range(2):
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        training = Command(ROOT / "train.py", *words, folder=tmp_path)
         deadline = time.time() + 60
         while not (tmp_path / "k" / "last").exists() and time.time() < deadline:
             time.sleep(0.05)
         time.sleep((2.0 if attempt else 0.0) + 0.37 * (attempt + 1))
-        killed += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        killed += training.status is None
+        training.send(signal.SIGKILL)
+        training.wait()
         Transformer.from_pretrained(tmp_path / "k" / "last")
         torch.load(tmp_path / "k" / "last" / "training.pt", weights_only=True)
-        command = [sys.executable, "train.py", "--resume", str(tmp_path / "k")]
+        words = ["--resume", tmp_path / "k"]
     assert killed == 2
 
 
@@ -947,32 +931,20 @@ def test_validation_loss_leaves_end_of_text_out(corpus_folder):
 
 
 def test_train_then_sample_as_subprocesses(tiny, corpus_folder, tmp_path, monkeypatch, capsys):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = lambda *argv, **more: subprocess.run(
-        [sys.executable, *argv],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        **more,
-    )
-    done = command(ROOT / "train.py", tiny, "--data", corpus_folder, "--eval-questions", "8")
-    assert done.returncode == 0, done.stderr
-    assert (
-        "validation loss" in done.stdout
-        and "bits per byte" in done.stdout
-        and "needles" in done.stdout
-        and "greedy sample" in done.stdout
-    )
+    words = tiny, "--data", corpus_folder, "--eval-questions", 8
+    done = Command(ROOT / "train.py", *words, folder=tmp_path).wait()
+    assert done.status == 0, done.err
+    for part in ("validation loss", "bits per byte", "needles", "greedy sample"):
+        assert part in done.out
     assert (tmp_path / "out" / "tiny-r16r16r16N-s1" / "last" / "model.safetensors").is_file()
     words = ("--max-new-tokens", "20", "--temperature", "0")
-    done = command(ROOT / "sample.py", *words, input="def naïve(")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("def naïve(") and "new tokens" in done.stdout.splitlines()[-1]
+    done = Command(ROOT / "sample.py", *words, folder=tmp_path, said="def naïve(").wait()
+    assert done.status == 0, done.err
+    assert done.out.startswith("def naïve(") and "new tokens" in done.out.splitlines()[-1]
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     sample.main(["--prompt", "def naïve(", *words])
-    assert capsys.readouterr().out.splitlines()[:-1] == done.stdout.splitlines()[:-1]
+    assert capsys.readouterr().out.splitlines()[:-1] == done.out.splitlines()[:-1]
     curves.main(["out/tiny-r16r16r16N-s1", "--out", "curves.png"])
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -1282,33 +1254,14 @@ def test_an_interrupt_ends_a_sample_with_a_line(run, tmp_path):
         0  # end-of-text has the logit 0, and some other always has more
     )
     model.save_pretrained(tmp_path / "out/x/last")
-    command = [
-        sys.executable,
-        str(ROOT / "sample.py"),
-        "--prompt",
-        "x",
-        "--max-new-tokens",
-        "100000",
-        "--temperature",
-        "0",
-        "--checkpoint",
-        "out/x/last",
-    ]
-    # a shell's background jobs start deaf to it
-    listening = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=listening,
-    )
-    process.stdout.read(1)  # the prompt has been read and generation begins
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and err == "error: interrupted\n"
+    words = ["--prompt", "x", "--max-new-tokens", 100_000, "--temperature", 0]
+    sampling = Command(ROOT / "sample.py", *words, "--checkpoint", "out/x/last", folder=tmp_path)
+    deadline = time.time() + 60
+    while not sampling.out and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)  # the prompt has been read and generation began
+    sampling.send(signal.SIGINT)
+    assert sampling.wait(60).status == 2 and sampling.err == "error: interrupted\n"
 
 
 # Recipes
