@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch._inductor.config
 
 import engine
 import model as model_module
@@ -499,8 +498,10 @@ def test_the_compiled_step_compiles_once():
     model, tokens = tiny("r", dtype=torch.float32), text(2, 4)
     expected = model.generate(tokens, 14)
     write = lambda: torch.stack(list(stream(model, tokens, 14, compiled=True)), 1)
+    from torch._inductor import config
+
     # This processor's vectors are taken as they are said to be: torch would compile a trial.
-    with torch._inductor.config.patch(vec_isa_ok=True):
+    with config.patch({"cpp.vec_isa_ok": True}):
         assert torch.equal(write(), expected[:, 4:])
     # monkeypatch would leave torch's config without the entry
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -337,7 +337,7 @@ def test_an_interrupted_reproduction_continues_to_the_same_report(
         },
     )
     texts = []
-    for folder, stops in (("whole", [None]), ("cut", [20, 45, None])):
+    for folder, stops in (("whole", [None]), ("cut", [30, None])):
         made.clear()
         for name in ("RESULTS", "RECORDS", "WORK"):
             monkeypatch.setattr(

@@ -347,7 +347,8 @@ def test_cohere2_decodes_compiled_with_its_static_cache(monkeypatch):
     config = speed.compiled_anywhere()
     config.backend, config.mode = "aot_eager", None
     monkeypatch.setattr(speed, "compiled_anywhere", lambda: config)
-    job = speed.Job("", TINY | {"vocab_size": 64}, 1, 12, task="decode", new_tokens=6)
+    small = TINY | {"vocab_size": 64, "n_layer": 2, "pattern": "rN"}
+    job = speed.Job("", small, 1, 12, task="decode", new_tokens=6)
     theirs = replace(job, kind="cohere2", compiled=True).work(CPU)
     counters.clear()
     assert torch.equal(theirs(), job.work(CPU)())
