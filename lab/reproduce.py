@@ -54,6 +54,7 @@ class Lab:
         self.longest = self.lengths[-1]
         self.window = base["model"]["window"]  # of the windowed variants' training
         self.n_layer = base["model"]["n_layer"]
+        self.tokens = sum(phase["steps"] for phase in base["phase"]) * base["batch_tokens"]
 
     def run(self, plan: Plan) -> dict:
         """The record of a run's own figures."""
@@ -206,6 +207,14 @@ class Part(NamedTuple):
     shown: dict[str, np.ndarray]  # by label
     differences: np.ndarray
     learned: dict[str, np.ndarray] = {}  # by variant that it is about
+    tokens: tuple[int, int] = (0, 0)  # of training: as many as there were, and as it takes
+
+
+def parts_of(lab: Lab, number: int) -> list[Part]:
+    """A claim, measured."""
+    claim = CLAIMS[number]
+    tokens = lab.tokens, claim.get("tokens", 0)
+    return [compare(lab, *part)._replace(tokens=tokens) for part in claim["parts"]]
 
 
 def compare(lab: Lab, says: str, rule: str, metric: str, of: list[str], task="single") -> Part:
@@ -219,6 +228,9 @@ def compare(lab: Lab, says: str, rule: str, metric: str, of: list[str], task="si
 
 def verdict(part: Part) -> str:
     """The rule that every report begins with: WORDS["rule"]."""
+    seen, wanted = part.tokens
+    if seen < wanted:
+        return f"not testable at this scale: {seen:,} tokens, and {wanted:,} are wanted"
     unlearned = [name for name, seeds in part.learned.items() if not all(seeds)]
     if unlearned:
         return f"not decided: {', '.join(unlearned)} had not learned"
@@ -341,10 +353,9 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for number in only:
-        claim = CLAIMS[number]
-        results[number] = [compare(lab, *part) for part in claim["parts"]]
+        results[number] = parts_of(lab, number)
         word = summary([verdict(part) for part in results[number]])
-        print(f"{number}. {claim['title']}: {word}", flush=True)
+        print(f"{number}. {CLAIMS[number]['title']}: {word}", flush=True)
     plot(lab, folder / picture)
     out = folder / f"report{suffix}.md"
     out.write_text(report(lab, results, picture), encoding="utf-8")

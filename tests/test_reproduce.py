@@ -17,6 +17,7 @@ from lab import attention_mass, reproduce, runs
 from lab.attention_mass import SEGMENTS, example_spent, spent
 from lab.reproduce import CLAIMS, VARIANTS, Part, summary, verdict
 from model import ModelConfig, Transformer, layer_plan
+from recipe import build, read_toml
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +220,23 @@ def test_the_rule(differences, learned, word):
     assert verdict(Part("", {}, differences, learned)) == word
 
 
+def test_what_takes_more_tokens_than_there_were_is_not_testable(corpus_folder, monkeypatch):
+    """Of all claims the sinks alone, whatever was measured; at a scale that is large enough the
+    rule is as always."""
+    reversed = Part("", {}, np.array([-0.3, -0.2, -0.25]))
+    monkeypatch.setattr(reproduce, "compare", lambda lab, *row: reversed)
+    lab = reproduce.Lab("laptop", load_corpus(corpus_folder), [1, 2, 3])
+    recipe = build(read_toml(reproduce.HERE / "recipes" / "laptop.toml"))
+    assert lab.tokens == recipe.steps * recipe.batch_tokens
+    word = lambda number: summary([verdict(part) for part in reproduce.parts_of(lab, number)])
+    words = {number: word(number) for number in CLAIMS}
+    untestable = words.pop(4)
+    assert untestable.startswith(f"not testable at this scale: {lab.tokens:,} tokens")
+    assert set(words.values()) == {"reversed"}
+    lab.tokens = 2_000_000_000
+    assert word(4) == "reversed"
+
+
 def test_margins_and_summaries():
     word = lambda differences: verdict(Part("", {}, differences))
     a, b = np.array([2.01, 2.0, 2.015]), np.array([2.0, 2.0, 2.0])  # losses
@@ -363,7 +381,7 @@ def test_an_interrupted_reproduction_continues_to_the_same_report(
     assert set(rows) == set(CLAIMS)
     assert [rows[n] for n in (1, 4, 6, 8, 11, 12, 13)] == [
         "reproduced",
-        "reversed",
+        "not testable at this scale: 3,686,400 tokens, and 1,000,000,000 are wanted",
         "not decided",
         "reproduced",
         "reproduced",
