@@ -25,6 +25,7 @@ import time
 import tomllib
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 import engine
 from attention import one_of
+from checkpoint import shapes_only
 from commandline import CommandLine, choose_device, guarded
 from lab.gpt2 import GPT2
 from lab.report import at_least, markdown, progress
@@ -111,9 +113,9 @@ class Job:
     whole: bool = False  # ours, with the cross-entropy of whole logits
     new_tokens: int = 0  # to decode
 
-    def model(self, device="cpu") -> Transformer | GPT2:
+    def model(self, filled: bool = True) -> Transformer | GPT2:
         """Ours, or GPT-2."""
-        with torch.device(device):
+        with nullcontext() if filled else shapes_only():
             if self.kind == "gpt2":
                 return GPT2(**self.shape, length=self.length)
             return Transformer(ModelConfig(**self.shape))
@@ -170,12 +172,12 @@ class Job:
 
     def flops(self) -> float:
         """Training FLOPs a token."""
-        return self.model("meta").flops_per_token(self.length)
+        return self.model(filled=False).flops_per_token(self.length)
 
     def cache(self) -> tuple[int, float]:
         """Bytes of a cache of the context, and what arithmetic promises of full attention's:
         (n_full + n_windowed min(1, W/L)) / n_layer."""
-        model = self.model("meta")
+        model = self.model(filled=False)
         held = [min(1, (spec.window or self.length) / self.length) for spec in model.plan]
         return model.new_cache(self.batch, self.length).nbytes, sum(held) / len(held)
 

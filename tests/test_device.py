@@ -9,6 +9,7 @@ import torch
 
 import device
 import recipe as recipes
+from checkpoint import shapes_only
 from model import Transformer
 from run import Run
 
@@ -19,7 +20,7 @@ H100 = 79 * 2**30  # bytes
 def run_of(name, device_type="cuda", vocab_size=8192, **more):
     tables = recipes.read_toml(RECIPES / f"{name}.toml")
     recipe = recipes.build(tables, {})
-    with torch.device("meta"):
+    with shapes_only():
         config = replace(recipe.model, vocab_size=vocab_size)
         model = Transformer(config)
     where = torch.device(device_type)
