@@ -9,6 +9,7 @@ and answer, and all else. Averages are over those queries, heads and layers; in 
 RoPE and the NoPE layers apart too. Writes OUT.csv, OUT-heads.csv and OUT.png.
 """
 
+import math
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -75,17 +76,17 @@ def spent(
     w, shares = weights.double(), {}
     kinds = segment[k_pos.clamp(min=0)]  # an empty slot has no weight
     for kind, name in enumerate(SEGMENTS):
-        shares[name] = w[..., kinds == kind].sum(-1).mean(1)
+        shares[name] = (w * (kinds == kind)).sum(-1).mean(1)
     shares["recent"] = (w * (q_pos[:, None] - k_pos < RECENT)).sum(-1).mean(1)
-    entropy = torch.special.entr(w).sum(-1) / torch.log(torch.tensor(2.0))
+    entropy = -torch.xlogy(w, w).sum(-1) / math.log(2)
     seen = visible(q_pos[:, None], k_pos, window).sum(-1)
     shares["entropy"] = entropy.mean(1)
     shares["entropy_share"] = (entropy / seen.clamp(min=2).log2()).mean(1)
 
     length, end = len(segment), int(len(segment) * LAST)
     inside = (k_pos >= FIRST) & (k_pos < end)
-    bins = (k_pos[inside] - FIRST) * BINS // max(end - FIRST, 1)
-    summed = w.new_zeros(BINS).index_add(0, bins, w[..., inside].mean((0, 1)))
+    bins = ((k_pos - FIRST) * BINS // max(end - FIRST, 1)).clamp(0, BINS - 1)
+    summed = w.new_zeros(BINS).index_add(0, bins, (w * inside).mean((0, 1)))
     shares["density"] = summed / ((end - FIRST) / BINS) * length
     return {name: share.cpu() for name, share in shares.items()}
 
@@ -96,7 +97,7 @@ def example_spent(model: Transformer, example: Example) -> list[dict[str, Tensor
     device = model.embed_tokens.weight.device
     tokens = torch.from_numpy(example.tokens).to(device)[None]
     segment = torch.from_numpy(example.segment).to(device)
-    first = int((segment == QC).int().argmax())
+    first = int((example.segment == QC).argmax())
     cache, weights = model.new_cache(1, tokens.shape[1]), []
     fill(model, tokens[:, :first], cache)
     model(tokens[:, first:], cache=cache, weights=weights)
