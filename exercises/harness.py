@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -92,6 +93,12 @@ class Mine(ModuleType):
         raise Gone(f"the file has no `{name}`: keep the names of the stub")
 
 
+@cache
+def given(exercise: str) -> ast.Module:
+    """The code of its checks, with the specifications that a student's file may repeat."""
+    return ast.parse(Path(checks_module(exercise).__file__).read_text(encoding="utf-8"))
+
+
 def load(exercise: str, path: Path) -> ModuleType:
     """The module of a file, its measurement block and given specification left out. Wrong where
     there is none, where it breaks a rule, or where it does not run."""
@@ -100,10 +107,9 @@ def load(exercise: str, path: Path) -> ModuleType:
         raise Wrong(f"no such file: {path.name}")
     if path.stat().st_size > LARGEST:
         raise Wrong("the file is larger than a megabyte")
-    given = Path(checks_module(exercise).__file__).read_text(encoding="utf-8")
     try:
         tree = ast.parse(path.read_bytes(), str(path))
-        broken = broken_rules(tree, ast.parse(given), checks_module(exercise))
+        broken = broken_rules(tree, given(exercise), checks_module(exercise))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
         said = getattr(error, "msg", None) or str(error)
@@ -121,7 +127,7 @@ def load(exercise: str, path: Path) -> ModuleType:
     before = state()
     try:
         exec(
-            compile(own_code(tree, ast.parse(given)), str(path), "exec", dont_inherit=True),
+            compile(own_code(tree, given(exercise)), str(path), "exec", dont_inherit=True),
             mine.__dict__,
         )
     except KeyboardInterrupt:

@@ -111,7 +111,7 @@ def test_every_head_layout(heads, t, window):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "auto"])
-@pytest.mark.parametrize("t", [1, 2, 64, 65, 129, 300, 1023, 1024, 1025])
+@pytest.mark.parametrize("t", [1, 2, 64, 65, 129, 300, 1024, 1025])
 def test_full_attention_with_gradients(backend, t):
     inputs = qkv(t, heads=(4, 2))
     out, expected = (attend(*inputs, None, name) for name in (backend, "reference"))

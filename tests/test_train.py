@@ -1346,6 +1346,7 @@ def test_every_recipe_trains_in_miniature(path, corpus_folder, tmp_path, monkeyp
             str(512 * int(length) // longest): share for length, share in phase["lengths"].items()
         }
         phase["steps"] = 2
+    monkeypatch.setattr(train, "needle_score", lambda *_: evaluate.Score(512, 1, 1.0, 1.0, 0.0))
     monkeypatch.setattr(train, "finish", lambda *_: None)
     monkeypatch.setattr(recipes, "read_toml", lambda _: tables)
     train.main([str(path), "--out", str(tmp_path / "run")])
