@@ -54,7 +54,8 @@ class Lab:
         self.longest = self.lengths[-1]
         self.window = base["model"]["window"]  # of the windowed variants' training
         self.n_layer = base["model"]["n_layer"]
-        self.tokens = sum(phase["steps"] for phase in base["phase"]) * base["batch_tokens"]
+        steps = lambda toml: sum(phase["steps"] for phase in toml["phase"])
+        self.tokens = sum(steps(toml) * toml["batch_tokens"] for toml in (base, extend))
 
     def run(self, plan: Plan) -> dict:
         """The record of a run's own figures."""

@@ -4,12 +4,14 @@ takes longer than most of what they do."""
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-forks = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+# On macOS a process that has imported so much cannot be forked safely.
+forks = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 forks.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest"])
 
 
@@ -17,15 +19,17 @@ class Command:
     """`python WORD ...`, started in `folder`, with `said` at its standard input."""
 
     def __init__(self, *words, folder, said="", **environment):
-        self.streams = Path(tempfile.mkdtemp())
+        self.place = tempfile.TemporaryDirectory()
+        self.streams = Path(self.place.name)
         (self.streams / "0").write_text(said, encoding="utf-8")
         argv = list(map(str, words))
         place = str(folder), environment | {"PYTHONPATH": str(ROOT)}, str(self.streams)
-        self.process = forks.Process(target=run, args=(argv, *place))
+        self.process = forks.Process(target=run, args=(argv, *place), daemon=True)
         self.process.start()
 
-    def send(self, signal):
-        os.kill(self.process.pid, signal)
+    def send(self, number):
+        if self.status is None:
+            os.kill(self.process.pid, number)
 
     @property
     def out(self):
@@ -58,6 +62,8 @@ def run(argv, folder, environment, streams):
     for stream, flags in enumerate((os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2)):
         os.dup2(os.open(f"{streams}/{stream}", flags, 0o600), stream)
     sys.stdin = open(0, encoding="utf-8")
+    # A shell's background jobs start deaf to it, and so do theirs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= environment
     os.chdir(folder)
     if argv[0] == "-c":

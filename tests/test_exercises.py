@@ -279,7 +279,7 @@ def test_a_class_comes_out(tmp_path, capsys):
     hand_in(room / "empty")
     faked = '{"result": {"exercise": "e01_rotate", "check": "answer", "points": 99}}'
     faker, hanging = f"print('''{faked}''')\nraise SystemExit(0)", "while True:\n    pass\n"
-    hand_in(room / "faker", e01_rotate=faker, e05_pattern=hanging)
+    hand_in(room / "faker", e01_rotate=faker, e02_angles=hanging, e05_pattern=some["e05_pattern"])
     (room / "notes.txt").write_text("no student")
 
     out, feedback = tmp_path / "points.csv", tmp_path / "feedback"
@@ -292,7 +292,7 @@ def test_a_class_comes_out(tmp_path, capsys):
         "honest": ("24", "6", "", "8"),
         "wrong way": ("10", "2", "0", "8"),
         "empty": ("0", "", "", ""),
-        "faker": ("0", "0", "", "0"),
+        "faker": ("8", "0", "0", "8"),
     }
     assert "line 1: SyntaxError" in rows["wrong way"]["remarks"]
     assert "SystemExit" in rows["faker"]["remarks"]

@@ -770,7 +770,7 @@ def test_a_compiled_loss_at_one_length_after_another():
     model, traced = tiny("rN"), []
     trace = lambda graph, _: traced.append(graph) or graph
     loss = one_graph(model.loss, backend=trace, dynamic=False)
-    for t in (70, 300, 70):
+    for t in (70, 1100, 70):
         tokens = text(1, t)
         compiled, eager = (
             gradients(model, f(tokens[:, :-1], tokens[:, 1:])) for f in (loss, model.loss)

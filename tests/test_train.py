@@ -276,13 +276,14 @@ def test_kill_at_any_moment_leaves_a_checkpoint(tiny, corpus_folder, tmp_path):
         TINY.replace("eval_every = 1000", "eval_every = 1").replace("steps = 6", "steps = 60")
     )
     words = [path, "--data", corpus_folder, "--out", tmp_path / "k"]
-    killed = 0
+    killed, log = 0, tmp_path / "k" / "log.jsonl"
+    lines = lambda: len(log.read_text().splitlines()) if log.exists() else 0
     for attempt in range(2):
+        before, deadline = lines(), time.time() + 60
         training = Command(ROOT / "train.py", *words, folder=tmp_path)
-        deadline = time.time() + 60
-        while not (tmp_path / "k" / "last").exists() and time.time() < deadline:
+        while lines() < before + 4 and time.time() < deadline:
             time.sleep(0.05)
-        time.sleep(0.4 + 0.3 * attempt)
+        time.sleep(0.13 + 0.2 * attempt)
         killed += training.status is None
         training.send(signal.SIGKILL)
         training.wait()
@@ -1247,6 +1248,7 @@ def test_a_space_at_the_end_of_a_prompt_belongs_to_the_next_token(run, capsys, m
     assert seen[-1] == tokenizer.encode_ordinary(" ")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process that is sent an interrupt")
 def test_an_interrupt_ends_a_sample_with_a_line(run, tmp_path):
     run("--out", "out/x", "--max-steps", "1")
     model = Transformer.from_pretrained(tmp_path / "out/x/last")
