@@ -283,7 +283,7 @@ def test_a_class_comes_out(tmp_path, capsys):
     (room / "notes.txt").write_text("no student")
 
     out, feedback = tmp_path / "points.csv", tmp_path / "feedback"
-    grade.main([str(room), "--out", str(out), "--feedback", str(feedback), "--seconds", "3"])
+    grade.main([str(room), "--out", str(out), "--feedback", str(feedback), "--seconds", "2"])
     with open(out, newline="", encoding="utf-8") as file:
         rows = {row["student"]: row for row in csv.DictReader(file)}
     assert list(rows["honest"]) == ["student", "total", *EXERCISES, "remarks"]
@@ -296,7 +296,7 @@ def test_a_class_comes_out(tmp_path, capsys):
     }
     assert "line 1: SyntaxError" in rows["wrong way"]["remarks"]
     assert "SystemExit" in rows["faker"]["remarks"]
-    assert "took longer than 3 seconds" in rows["faker"]["remarks"]
+    assert "took longer than 2 seconds" in rows["faker"]["remarks"]
     assert rows["empty"]["remarks"] == "no exercise's file" and not rows["honest"]["remarks"]
     said = (feedback / "wrong way.txt").read_text(encoding="utf-8")
     assert "quarter_turn" in said and "turned the wrong way" in said
