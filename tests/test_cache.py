@@ -495,7 +495,7 @@ def test_the_compiled_step_compiles_once():
     recompilation."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile on CPU needs a C++ compiler")
-    model, tokens = tiny("rN", dtype=torch.float32), text(2, 4)
+    model, tokens = tiny("r", dtype=torch.float32), text(2, 4)
     expected = model.generate(tokens, 14)
     write = lambda: torch.stack(list(stream(model, tokens, 14, compiled=True)), 1)
     from torch._inductor import config

@@ -126,7 +126,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def check_same_model(ours: Transformer, theirs: Cohere2ForCausalLM) -> None:
-    """Logits, every layer's hidden state, loss, gradients, 64 greedy tokens: 40 tokens and 69, over
+    """Logits, every layer's hidden state, loss, gradients, 24 greedy tokens: 40 tokens and 29, over
     windows of 2 and 7."""
     x = tokens()
     layers = []
@@ -149,11 +149,11 @@ def check_same_model(ours: Transformer, theirs: Cohere2ForCausalLM) -> None:
     wanted = theirs.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=64,
+        max_new_tokens=24,
         do_sample=False,
         eos_token_id=None,
     )
-    assert torch.equal(ours.generate(prompt, 64), wanted)
+    assert torch.equal(ours.generate(prompt, 24), wanted)
 
 
 def equal_weights(a: dict, b: dict) -> bool:
