@@ -4,7 +4,6 @@ tokenizer in our code, in transformers and after a round trip through it."""
 import json
 import os
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from data.tokenizer import LONGEST_RUN, load_tokenizer, train_tokenizer
 from model import ModelConfig, Transformer
 from processes import Command
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = "def attend(q, k, v):\n    return softmax(q @ k.T / 8) @ v  # naïve — and slow\n"
 
 

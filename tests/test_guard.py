@@ -13,8 +13,7 @@ import sample
 import train
 from commandline import Unheard, choose_device, guarded, read_input, unheard
 from lab import curves, needles
-
-ROOT = Path(__file__).resolve().parent.parent
+from processes import ROOT
 
 
 class PanicException(BaseException):

@@ -3,13 +3,12 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from model import ModelConfig, Transformer
+from processes import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [  # from the ground; a module may import what stands on a lower floor, or in its own room
     {"fast", "checkpoint", "commandline"},
     {"attention", "data"},
