@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from data.corpus import Corpus
-from data.needles import Example, Needles
+from data.needles import NEEDLE, Example, Needles
 
 
 @dataclass(frozen=True)
 class Batch:
     """tokens, targets (b t) int64 and weights (b t) float32, of which the sum over the global batch
-    is 1, or 1 + answer_weight."""
+    is 1 without needles; see `training_batch`."""
 
     tokens: Tensor
     targets: Tensor
@@ -60,8 +60,9 @@ def training_batch(
     """The global batch of `step`: batch_tokens / length sequences, of which `needle_share` carry
     needles.
 
-    Every target weighs 1 / N, and each of the A answer tokens another answer_weight / A, counted
-    over this whole batch.
+    Every target weighs 1 / N, but hidden lines nothing: they are to be found, not to be written.
+    Each of the A answer tokens weighs another answer_weight / A. Both are counted over this whole
+    batch.
     """
     rng = np.random.default_rng([seed, step])
     count = max(batch_tokens // length, 1)
@@ -75,6 +76,8 @@ def training_batch(
     weights = torch.full((count, length), 1 / (count * length))
     if examples:
         answers = torch.from_numpy(np.stack([example.answer[1:] >= 0 for example in examples]))
+        segments = torch.from_numpy(np.stack([example.segment[1:] for example in examples]))
+        weights[:hiding] *= segments != NEEDLE
         weights[:hiding] += answer_weight / answers.sum() * answers
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights)
 

@@ -25,8 +25,10 @@ def linear_cross_entropy(
     if weights is None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weights = 1 / (targets != -100).sum(dtype=wide).clamp(min=1).expand_as(targets)
-    rows = hidden.flatten(0, 1), matrix, targets.flatten(), weights.flatten()
-    return LinearCrossEntropy.apply(*rows, scale, torch.is_grad_enabled())
+    h, y, w = hidden.flatten(0, 1), targets.flatten(), weights.flatten()
+    if hidden.is_cpu and not torch.compiler.is_compiling():  # (a GPU would wait for their number)
+        h, y, w = h[w != 0], y[w != 0], w[w != 0]
+    return LinearCrossEntropy.apply(h, matrix, y, w, scale, torch.is_grad_enabled())
 
 
 class LinearCrossEntropy(torch.autograd.Function):
