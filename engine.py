@@ -129,9 +129,8 @@ class Joined:
         readers = [self.attn.q_proj, self.attn.k_proj, self.attn.v_proj]
         readers += [mlp.gate_proj, mlp.up_proj]
         self.widths = [m.out_features for m in readers]
-        # Transposed, since a row times (c n) is faster than (n c) times a column by a half.
-        self.read = torch.cat([m.weight.t() for m in readers], dim=1)
-        self.write = torch.cat([m.weight.t() for m in (self.attn.o_proj, mlp.down_proj)], dim=0)
+        self.read = torch.cat([m.weight for m in readers]).t()
+        self.write = torch.cat((self.attn.o_proj.weight, mlp.down_proj.weight), dim=1).t()
 
     def __call__(self, x: Tensor, spec: LayerSpec, shared: Shared, layer: int) -> Tensor:
         """x (b 1 c) -> (b 1 c), as Block.forward."""
@@ -149,7 +148,9 @@ def joined(block: Block) -> Block | Joined:
         return block
     mark = fingerprint(block)
     if block not in JOINED or JOINED[block][0] != mark:
-        JOINED[block] = mark, Joined(block)
+        made = Joined(block)  # laid out for a row times (c n), faster by a half than (n c) a column
+        made.read, made.write = made.read.contiguous(), made.write.contiguous()
+        JOINED[block] = mark, made
     return JOINED[block][1]
 
 
@@ -171,10 +172,9 @@ def is_plain(block: nn.Module) -> bool:
         return False
     for name, part in block.named_modules():
         plain = type(part) is nn.Linear and type(part.weight) is nn.Parameter
-        if name.endswith("_proj") and (not plain or part.bias is not None):
-            return False
+        other = name.endswith("_proj") and (not plain or part.bias is not None)
         hooks = [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks]
-        if any([*hooks, part._backward_pre_hooks, "forward" in vars(part)]):
+        if any([other, *hooks, part._backward_pre_hooks, "forward" in vars(part)]):
             return False
     return True
 

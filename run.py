@@ -2,7 +2,7 @@
 
     out/RUN/run.json        the recipe, the corpus's hash, versions
     out/RUN/log.jsonl       a line a step and evaluation
-    out/RUN/step-000900/    a checkpoint; `last` and `best` are links to such folders
+    out/RUN/step-000700/    a checkpoint; `last` and `best` are links to such folders
 
 A run begins whole: run.json and a first checkpoint appear together. While somebody trains it, it is
 locked. A resume trusts nothing: checksums, the corpus's hash and the configuration must agree.

@@ -25,7 +25,7 @@ import parallel
 from attention import choose_backend
 from data.batches import Batch, held_out_examples, prefetch, training_batch
 from data.needles import Needles
-from device import settle
+from device import settle, training_loss
 from evaluate import needle_score, needle_table, validation_loss
 from fast.kernels import one_graph
 from fast.muon import Muon
@@ -65,7 +65,8 @@ def train(run: Run) -> None:
     recipe, model = run.recipe, run.model
     held_out = run.needles and Needles(run.corpus.tokenizer, run.corpus.val, evaluation=True)
     announce(run)
-    loss = one_graph(model.loss, dynamic=False) if run.compile else model.loss
+    loss = training_loss(model, run.device)
+    loss = one_graph(loss, dynamic=False) if run.compile else loss
     log = Log(run.log, run.step)
     steps = range(run.step, run.max_steps)
     hidden = None if steps and parallel.RANK == 0 else True  # None: shown on a terminal

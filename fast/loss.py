@@ -19,8 +19,7 @@ def linear_cross_entropy(
     least: hidden (b t c), matrix (v c), targets and weights (b t); a target of -100 does not count.
     weights None: the mean, 1 / (targets that count).
 
-    Equal to torch's `cross_entropy` of whole logits, which for a long context and a large
-    vocabulary are the largest tensor of a training step.
+    Equal to torch's `cross_entropy` of whole logits, the largest tensor of a training step.
     """
     if weights is None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -32,9 +31,8 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The gradient of the logits is softmax - one-hot, known as soon as the logits are; so each
-    chunk of rows turns its logits into gradients at once, and (n v) logits never stand in memory.
-    `wanted`: will there be a backward pass?"""
+    """The gradient of the logits is softmax - one-hot, known as soon as they are; so each chunk of
+    rows turns them into gradients at once, if `wanted`, and (n v) logits never stand in memory."""
 
     @staticmethod
     def forward(ctx, hidden, matrix, targets, weights, scale, wanted) -> Tensor:

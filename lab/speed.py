@@ -40,6 +40,7 @@ import engine
 from attention import one_of
 from checkpoint import shapes_only
 from commandline import CommandLine, choose_device, guarded
+from device import training_loss
 from lab.gpt2 import GPT2
 from lab.report import at_least, markdown, progress
 from model import ModelConfig, Transformer, require
@@ -132,8 +133,8 @@ class Job:
         def whole(tokens: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(logits(tokens).flatten(0, 1).float(), targets.flatten())
 
-        loss = model.loss if self.kind == "ours" and not self.whole else whole
-        return model.to(device), logits, loss
+        ours = self.kind == "ours" and not self.whole
+        return model.to(device), logits, training_loss(model, device) if ours else whole
 
     def work(self, device: torch.device) -> Callable[[], Tensor]:
         """What does the task once and returns what it says: a loss, logits or new tokens."""

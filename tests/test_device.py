@@ -1,7 +1,9 @@
 """device.py: what a GPU is given at once, and whether it is compiled, by arithmetic. None is needed
 here; tests/test_gpu.py holds the arithmetic to the allocator."""
 
+import operator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 import device
 import recipe as recipes
 from checkpoint import shapes_only
-from model import Transformer
+from model import ModelConfig, Transformer
 from run import Run
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -98,3 +100,69 @@ def test_processes_share_the_step(memory, monkeypatch):
     run = run_of("gpu-30m")
     device.settle(run)
     assert run.micro_batch == run.recipe.batch_tokens // 4
+
+
+JOINING = [
+    dict(pattern="rrrN"),
+    dict(pattern="R", qk_norm=True, tie_embeddings=False),
+    dict(pattern="N", length_scale="ssmax"),
+]
+
+
+def loss_and_gradients(model, loss):
+    text = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    value = loss(text[:, :-1], text[:, 1:])
+    value.backward()
+    return [value.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def small(pattern="rrrN", **more):
+    torch.manual_seed(0)
+    sizes = dict(n_layer=4, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=64, window=8)
+    return Transformer(ModelConfig(**sizes, pattern=pattern, **more)).double()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("config", JOINING, ids=lambda config: config["pattern"])
+def test_the_joined_loss_is_the_loss(config, recompute):
+    model = small(**config)
+    expected = loss_and_gradients(model, model.loss)
+    model.recompute = recompute
+    joined = device.training_loss(model, torch.device("cuda"))
+    assert joined != model.loss == device.training_loss(model, torch.device("cpu"))
+    got = loss_and_gradients(model, joined)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+def test_the_joined_loss_calls_what_is_not_plain():
+    """A wrapped or hooked matrix acts on training too."""
+    model = small()
+    model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    expected = loss_and_gradients(model, model.loss)
+    got = loss_and_gradients(model, partial(device.joined_loss, model))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+def test_the_joined_loss_is_one_graph_in_fewer_products():
+    """Traced, not compiled: two products of the blocks' matrices instead of seven."""
+
+    def products(loss):
+        seen = []
+
+        def count(graph, inputs):
+            seen.extend(node.target for node in graph.graph.nodes)
+            return graph
+
+        torch._dynamo.reset()
+        traced = torch.compile(loss, fullgraph=True, dynamic=False, backend=count)
+        loss_and_gradients(model, traced)
+        linear = (torch.nn.functional.linear, torch.matmul, operator.matmul)
+        return sum(target in linear for target in seen)
+
+    model = small()
+    separate = products(model.loss)
+    joined = products(partial(device.joined_loss, model))
+    assert separate - joined == 5 * 4

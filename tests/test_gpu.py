@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import fast.loss as loss_module
 from attention import attend, attention_weights, visible
-from device import fitting
+from device import fitting, training_loss
 from engine import stream
 from fast.kernels import flex_mask, one_graph
 from model import ModelConfig, Transformer
@@ -249,8 +249,9 @@ def test_every_backend_trains_alike(pattern, more):
     model, tokens, targets = model_and_batch(pattern=pattern, **more)
     model.backend = "reference"
     expected = step(model, model.loss, tokens, targets, autocast=False)
+    loss_of = training_loss(model, tokens.device)
     for model.backend in ("sdpa", "banded", "flex", "auto"):
-        assert_same_step(step(model, model.loss, tokens, targets, autocast=False), expected, 1e-3)
+        assert_same_step(step(model, loss_of, tokens, targets, autocast=False), expected, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_bfloat16_autocast_step(backend, pattern, more):
     model, tokens, targets = model_and_batch(pattern=pattern, **more)
     expected = step(model, model.loss, tokens, targets, autocast=False)
     model.backend = backend
-    got = step(model, model.loss, tokens, targets, autocast=True)
+    got = step(model, training_loss(model, tokens.device), tokens, targets, autocast=True)
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in got[1].values())
     assert got[0] == pytest.approx(expected[0], rel=0.01)
     for name, want in expected[1].items():
@@ -282,7 +283,8 @@ def test_bfloat16_autocast_step(backend, pattern, more):
 def test_compiled_step_equals_eager(pattern, more, autocast):
     model, tokens, targets = model_and_batch(pattern=pattern, **more)
     eager = step(model, model.loss, tokens, targets, autocast)
-    compiled = step(model, one_graph(model.loss, dynamic=False), tokens, targets, autocast)
+    loss_of = one_graph(training_loss(model, tokens.device), dynamic=False)
+    compiled = step(model, loss_of, tokens, targets, autocast)
     # fusion rounds less often than eager bfloat16 does
     assert_same_step(compiled, eager, 0.1 if autocast else 1e-3)
 
@@ -293,7 +295,7 @@ def test_a_compiled_step_is_one_graph_a_length(recompute):
     there is no compiled code."""
     model, tokens, targets = model_and_batch(512)
     model.recompute = recompute
-    loss_of = one_graph(model.loss, dynamic=False)
+    loss_of = one_graph(training_loss(model, tokens.device), dynamic=False)
     for t in (256, 256, 512, 256):
         step(model, loss_of, tokens[:, :t].contiguous(), targets[:, :t].contiguous(), True)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
@@ -310,7 +312,8 @@ def test_the_default_micro_batch_fits(compiled):
     assert rows >= 4, "else this shows nothing"
     tokens = torch.zeros(rows, 2048, dtype=torch.long, device="cuda")
     optimizers = make_optimizers(model, recipe, bf16=True)
-    loss_of = one_graph(model.loss, dynamic=False) if compiled else model.loss
+    loss_of = training_loss(model, tokens.device)
+    loss_of = one_graph(loss_of, dynamic=False) if compiled else loss_of
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         with torch.autocast("cuda", torch.bfloat16):
