@@ -124,6 +124,25 @@ def test_how_often_one_evaluates_changes_no_bit(run, tmp_path):
     assert weights(tmp_path / "seldom") == weights(tmp_path / "often")
 
 
+def test_hidden_lines_are_to_be_found_not_to_be_written(corpus_folder):
+    """The weights of a batch, target by target: nothing for a hidden line, 1 / N for other text,
+    and answer_weight / A more for an answer."""
+    corpus = load_corpus(corpus_folder)
+    needles = Needles(corpus.tokenizer, corpus.train, evaluation=False)
+    batch = training_batch(corpus, needles, 1, 0, 128, 512, 0.5, answer_weight=3.0)
+    rng = np.random.default_rng([1, 0])  # the same examples again
+    examples = [needles.example(rng, 129, *needles.counts(128)) for _ in range(2)]
+    answers = sum(int((example.answer[1:] >= 0).sum()) for example in examples)
+    assert answers > 0 and batch.weights.shape == (4, 128)
+    for example, tokens, weights in zip(examples, batch.tokens, batch.weights):
+        assert np.array_equal(tokens, example.tokens[:-1])
+        text = (example.segment[1:] != NEEDLE) / 512
+        expected = text + 3.0 / answers * (example.answer[1:] >= 0)
+        np.testing.assert_allclose(weights, expected, rtol=1e-5)
+        assert (expected == 0).sum() > 10, "else this shows nothing"
+    assert (batch.weights[2:] == 1 / 512).all()
+
+
 def test_micro_batches_add_up_to_the_batch(run, tmp_path, corpus_folder, tiny):
     """The gradient of the whole batch is the sum of its parts', needle rows included, whose weights
     were counted over the whole."""
