@@ -223,8 +223,9 @@ def test_a_batch_is_a_function_of_seed_and_step(corpus_folder):
     )
     assert (a.tokens[:, 0] == corpus.tokenizer.eot_token).all()
     assert torch.equal(a.tokens[:, 1:], a.targets[:, :-1])
-    # 1 for all tokens, 0.5 for the answers
-    assert a.weights.sum().item() == pytest.approx(1.5, abs=1e-5)
+    # 1 / N for every target that weighs anything, 0.5 for the answers
+    counted = a.weights.count_nonzero().item() / 1024
+    assert 0.5 < counted < 1 and a.weights.sum().item() == pytest.approx(counted + 0.5, abs=1e-5)
     assert [
         batch.tokens[0, 5].item() for batch in prefetch(lambda step: make(1, step), range(3))
     ] == [make(1, s).tokens[0, 5].item() for s in range(3)]
