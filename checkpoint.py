@@ -554,7 +554,7 @@ def repoint(target: Path, names: tuple[str, ...]) -> None:
 
 
 def pointed(folder: Path) -> set[str]:
-    """Names of the folders step-000900 in `folder` that its links `last` and `best` point to."""
+    """Names of the folders step-000700 in `folder` that its links `last` and `best` point to."""
     links = [folder / name for name in ("last", "best")]
     targets = {os.readlink(link) for link in links if link.is_symlink()}
     return {name for name in targets if re.fullmatch(STEP, name) and (folder / name).is_dir()}

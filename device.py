@@ -74,8 +74,8 @@ def training_loss(model: Transformer, device: torch.device) -> Callable[..., Ten
 def joined_loss(
     model: Transformer, tokens: Tensor, targets: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """The twin of Transformer.loss, each block in two products instead of seven: a block's input is
-    read once, and gets one gradient instead of the sum of five."""
+    """The twin of Transformer.loss, each block in two products instead of seven: what its norm
+    gives is read once, and gets one gradient instead of the sum of five."""
     x = as_autocast(model.embed_tokens(tokens))
     shared = model.share(tokens.shape[1], tokens.device, None)
     for i, (block, spec) in enumerate(zip(model.layers, model.plan)):

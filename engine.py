@@ -122,7 +122,7 @@ def eager_step(model: Transformer, cache: KVCache, count: int) -> Callable[[Tens
 
 
 class Joined:
-    """A block in two products, of copies: [q, k, v, gate, up] = LN(x) R and x + [heads, mlp] W."""
+    """A block in two products: [q, k, v, gate, up] = LN(x) R and x + [heads, mlp] W."""
 
     def __init__(self, block: Block):
         self.norm, self.attn, mlp = block.input_layernorm, block.self_attn, block.mlp
@@ -133,7 +133,7 @@ class Joined:
         self.write = torch.cat((self.attn.o_proj.weight, mlp.down_proj.weight), dim=1).t()
 
     def __call__(self, x: Tensor, spec: LayerSpec, shared: Shared, layer: int) -> Tensor:
-        """x (b 1 c) -> (b 1 c), as Block.forward."""
+        """x (b t c) -> (b t c), as Block.forward."""
         q, k, v, gate, up = (self.norm(x) @ self.read).split_with_sizes(self.widths, dim=-1)
         heads = self.attn.heads(q, k, v, spec, shared, layer)
         return x + torch.cat((heads, F.silu(gate) * up), dim=-1) @ self.write

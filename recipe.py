@@ -63,7 +63,7 @@ class Recipe:
     stretch: int = 1  # every phase has so many times its steps
     batch_tokens: int = 4096  # per step, over all micro-batches and processes
     needle_share: float = 0.0  # of the sequences that carry needles
-    answer_weight: float = 0.5  # of all answers to needles together, beside 1 for all tokens
+    answer_weight: float = 0.5  # of all answers to needles together, beside 1 for all other text
     lr: float = 0.006  # of Muon (matched to AdamW's scale) and AdamW alike
     warmup: int = 50  # steps
     weight_decay: float = 0.01  # of the matrices inside the layers

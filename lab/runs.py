@@ -32,7 +32,7 @@ from recipe import read_toml
 HERE = Path(__file__).resolve().parent.parent
 RECORDS = HERE / "results" / "runs.jsonl"
 WORK = HERE / "out" / ".lab"  # out/* names what train.py made for its user
-VERSION = 1
+VERSION = 2  # 2: hidden needle lines weigh nothing as text
 TASKS, TIMES = ("single", "multi-key"), (1, 2, 4, 8, 16)  # at so many times the trained length
 EXAMPLES = 24  # of each task at each length, at any depth: a standard error of .1 at the most
 MASS_TIMES, MASS_EXAMPLES = (1, 4, 16), 16  # of attention mass
@@ -56,7 +56,7 @@ class Plan:
     def key(self, corpus: Corpus) -> str:
         """Twelve hex digits."""
         start = self.init and self.init.key(corpus)
-        return _hash([self.toml, sorted(self.flags), start, corpus.hash])
+        return _hash([VERSION, self.toml, sorted(self.flags), start, corpus.hash])
 
     @property
     def toml(self) -> dict:
@@ -155,7 +155,7 @@ def record(
         "needles": [EXAMPLES, TASKS, TIMES],
         "attention": ["attention", MASS_EXAMPLES, MASS_TIMES],
     }
-    identity = lambda what: [VERSION, plan.key(corpus), treatment, *asked[what], *elsewhere]
+    identity = lambda what: [plan.key(corpus), treatment, *asked[what], *elsewhere]
     if what == "run" and _hash(identity("needles")) in records():
         what = "needles"
     return kept(identity(what), lambda: _measured(plan, corpus, treatment, what))

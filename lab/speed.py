@@ -112,6 +112,7 @@ class Job:
     backend: str = "auto"  # ours: the kernel of windowed layers
     recompute: bool = False
     whole: bool = False  # ours, with the cross-entropy of whole logits
+    separate: bool = False  # ours on CUDA, a block's matrices one by one
     new_tokens: int = 0  # to decode
 
     def model(self, filled: bool = True) -> Transformer | GPT2:
@@ -133,8 +134,10 @@ class Job:
         def whole(tokens: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(logits(tokens).flatten(0, 1).float(), targets.flatten())
 
-        ours = self.kind == "ours" and not self.whole
-        return model.to(device), logits, training_loss(model, device) if ours else whole
+        loss = whole
+        if self.kind == "ours" and not self.whole:
+            loss = model.loss if self.separate else training_loss(model, device)
+        return model.to(device), logits, loss
 
     def work(self, device: torch.device) -> Callable[[], Tensor]:
         """What does the task once and returns what it says: a loss, logits or new tokens."""

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import attention
 import fast.loss as loss_module
 from attention import LayerSpec, rotary_table, rotate, scaled_frequencies
+from device import training_loss
 from fast.kernels import one_graph
 from model import ModelConfig, Transformer, layer_plan
 
@@ -549,6 +550,17 @@ def test_a_target_outside_the_vocabulary_is_refused():
             model.loss(tokens, torch.full_like(tokens, wrong))
 
 
+def test_rows_without_weight_are_left_out():
+    """Even what is not a number: nobody computes it."""
+    hidden = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(1))
+    hidden[0, 2] = math.nan
+    matrix, targets = torch.randn(5, 8), torch.tensor([[1, 2, 3, 4]])
+    weights = torch.tensor([[0.5, 1.0, 0.0, 2.0]])
+    loss = loss_module.linear_cross_entropy(hidden, matrix, targets, weights, 1.0)
+    each = F.cross_entropy(hidden[0] @ matrix.T, targets[0], reduction="none")
+    torch.testing.assert_close(loss, (each * weights[0])[[0, 1, 3]].sum())
+
+
 def test_loss_with_no_target_is_zero():
     model, tokens = tiny("rN"), text()
     loss = model.loss(tokens, torch.full_like(tokens, -100))
@@ -808,11 +820,13 @@ def test_one_graph_compiles_more_shapes_than_torchs_limit_or_says_so():
     torch._dynamo.reset()
 
 
-def test_a_compiled_loss_is_one_graph_and_guards_on_nothing_hidden():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_compiled_loss_is_one_graph_and_guards_on_nothing_hidden(device):
     """The second step, a new configuration that changes no layer, and evaluation between the steps
-    trace nothing anew."""
+    trace nothing anew: of what training compiles for either device."""
     model, traced = tiny("rN"), []
-    loss = one_graph(model.loss, backend=lambda graph, _: traced.append(graph) or graph)
+    loss = training_loss(model, torch.device(device))
+    loss = one_graph(loss, backend=lambda graph, _: traced.append(graph) or graph)
     tokens = text(2, 40)
     for trained_length in (None, None, 40):
         model.config = replace(model.config, trained_length=trained_length)

@@ -1145,7 +1145,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
             )
         ),
     )
-    line = error(train.main, tiny, "--data", corpus_folder, "--out", "x")
+    line = error(train.main, tiny, "--data", corpus_folder, "--out", "x", "--device", "cpu")
     assert "step 3" in line and "nan" in line and "rate" in line and "norm" in line
     assert torch.isfinite(
         Transformer.from_pretrained(tmp_path / "x" / "last").embed_tokens.weight
@@ -1158,7 +1158,9 @@ def test_running_out_of_memory_names_the_knob(run, error, corpus_folder, tiny, m
 
     with monkeypatch.context() as patch:
         patch.setattr(Transformer, "loss", loss)
-        assert "--micro-batch" in error(train.main, tiny, "--data", corpus_folder, "--out", "x")
+        assert "--micro-batch" in error(
+            train.main, tiny, "--data", corpus_folder, "--out", "x", "--device", "cpu"
+        )
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory")
     for where in ("torch.load", "torch.optim.Optimizer.load_state_dict"):  # is not damage
         with monkeypatch.context() as patch:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from exercises.harness import answer, number, points
 
-# Exact of rrrN minus exact of R at 2,048 tokens. Seeds 1 to 3 of both: .77, .89, 1.00.
+# Exact of rrrN minus exact of R at 2,048 tokens. Seeds 1 to 3 of both: .80, .89, .91.
 BAND = (0.3, 1.0)
 
 
