@@ -7,6 +7,7 @@ Skipped elsewhere. Head widths are 32 or more, since FlexAttention's CUDA kernel
 
 import copy
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -301,13 +302,16 @@ def test_a_compiled_step_is_one_graph_a_length(recompute):
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_default_micro_batch_fits(compiled):
+def test_the_default_micro_batch_fits(compiled, recompute):
     """The arithmetic of device.fitting against the allocator: a step of gpu-30m with its
     optimizers, in the memory that it was told of."""
     recipe = build(read_toml(Path(__file__).parent.parent / "recipes" / "gpu-30m.toml"), {})
+    recipe = replace(recipe, recompute=recompute)
     memory = 8 * 2**30
     model = Transformer(recipe.model).cuda()
+    model.recompute = recompute
     rows = fitting(recipe, model.matmul_parameters(), memory, compiled, True) // 2048
     assert rows >= 4, "else this shows nothing"
     tokens = torch.zeros(rows, 2048, dtype=torch.long, device="cuda")
