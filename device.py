@@ -80,11 +80,11 @@ def joined_loss(
     gives is read once, and gets one gradient instead of the sum of five."""
     x = as_autocast(model.embed_tokens(tokens))
     shared = model.share(tokens.shape[1], tokens.device, None)
+    run = in_two_products
+    if model.recompute:
+        run = partial(recompute, in_two_products, use_reentrant=False)
     for i, (block, spec) in enumerate(zip(model.layers, model.plan)):
-        if model.recompute:
-            x = recompute(in_two_products, block, x, spec, shared, i, use_reentrant=False)
-        else:
-            x = in_two_products(block, x, spec, shared, i)
+        x = run(block, x, spec, shared, i)
     output = model.embed_tokens if model.config.tie_embeddings else model.lm_head
     hidden, scale = model.norm(x), model.config.logit_scale
     return linear_cross_entropy(hidden, output.weight, targets, weights, scale)

@@ -172,9 +172,9 @@ def is_plain(block: nn.Module) -> bool:
         return False
     for name, part in block.named_modules():
         plain = type(part) is nn.Linear and type(part.weight) is nn.Parameter
-        other = name.endswith("_proj") and (not plain or part.bias is not None)
+        wrapped = name.endswith("_proj") and (not plain or part.bias is not None)
         hooks = [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks]
-        if any([other, *hooks, part._backward_pre_hooks, "forward" in vars(part)]):
+        if any([wrapped, *hooks, part._backward_pre_hooks, "forward" in vars(part)]):
             return False
     return True
 

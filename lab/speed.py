@@ -4,7 +4,7 @@ GPT-2 as nanoGPT trains it. Who is compared stands in lab/speed.toml.
     python -m lab.speed                      training step, forward, decoding, memory: minutes
     python -m lab.speed train --compile      all compiled; Cohere2 decodes with its static cache
     python -m lab.speed cost                 what a context costs, beside what arithmetic promises
-    python -m lab.speed gpt2 kernels         GPT-2; the kernels of windowed layers
+    python -m lab.speed gpt2 kernels joined  GPT-2; windowed layers' kernels; matrices joined
     python -m lab.speed long --repeats 2     16k tokens; Cohere2's dense masks take minutes on a CPU
 
 Who is compared runs by turns in one process, after all have said the same; times are medians, of
@@ -40,7 +40,7 @@ import engine
 from attention import one_of
 from checkpoint import shapes_only
 from commandline import CommandLine, choose_device, guarded
-from device import training_loss
+from device import joined_loss, training_loss
 from lab.gpt2 import GPT2
 from lab.report import at_least, markdown, progress
 from model import ModelConfig, Transformer, require
@@ -111,8 +111,7 @@ class Job:
     compiled: bool = False
     backend: str = "auto"  # ours: the kernel of windowed layers
     recompute: bool = False
-    whole: bool = False  # ours, with the cross-entropy of whole logits
-    separate: bool = False  # ours on CUDA, a block's matrices one by one
+    loss: str = "training"  # ours: what train.py calls there; or joined, separate, whole logits
     new_tokens: int = 0  # to decode
 
     def model(self, filled: bool = True) -> Transformer | GPT2:
@@ -135,8 +134,10 @@ class Job:
             return F.cross_entropy(logits(tokens).flatten(0, 1).float(), targets.flatten())
 
         loss = whole
-        if self.kind == "ours" and not self.whole:
-            loss = model.loss if self.separate else training_loss(model, device)
+        if self.kind == "ours":
+            ways = {"training": training_loss(model, device), "separate": model.loss}
+            ways |= {"joined": partial(joined_loss, model), "whole": whole}
+            loss = ways[self.loss]
         return model.to(device), logits, loss
 
     def work(self, device: torch.device) -> Callable[[], Tensor]:

@@ -3,7 +3,6 @@ here; tests/test_gpu.py holds the arithmetic to the allocator."""
 
 import operator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -143,7 +142,7 @@ def test_the_joined_loss_calls_what_is_not_plain():
     model = small()
     model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: 2 * output)
     expected = loss_and_gradients(model, model.loss)
-    got = loss_and_gradients(model, partial(device.joined_loss, model))
+    got = loss_and_gradients(model, device.training_loss(model, torch.device("cuda")))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)  # float64, sums in another order
 
@@ -166,5 +165,5 @@ def test_the_joined_loss_is_one_graph_in_fewer_products():
 
     model = small()
     separate = products(model.loss)
-    joined = products(partial(device.joined_loss, model))
+    joined = products(device.training_loss(model, torch.device("cuda")))
     assert separate - joined == 5 * 4

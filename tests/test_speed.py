@@ -215,11 +215,12 @@ def test_memory_table(monkeypatch):
     text = speed.measured(section("memory", tables=tables(2, 24)), ARGS)
     assert text.startswith("A vocabulary of 16,384. 2 x 24 tokens")
     assert {job.shape["vocab_size"] for job in built} == {16384}
-    switches = [(job.whole, job.recompute) for job in built]
+    switches = [(job.loss == "whole", job.recompute) for job in built]
     assert switches == [(False, True), (False, False), (True, True), (True, False)]
     assert list(rows(text)) == [job.name for job in built]
     for job in built:
-        assert ("whole" in job.name, "recompute" in job.name) == (job.whole, job.recompute)
+        named = ("whole" in job.name, "recompute" in job.name)
+        assert named == (job.loss == "whole", job.recompute)
     model, _, loss = built[2].build(CPU)
     assert model.recompute and loss != model.loss
 
@@ -230,7 +231,7 @@ def test_memory_of_a_step(monkeypatch):
     monkeypatch.setattr(speed.multiprocessing, "get_context", lambda _: forks)  # torch is there
     job = speed.Job("", TINY | {"vocab_size": 2**15}, 1, 512)
     by_chunks, at_once = (
-        alone(speed.step_memory, replace(job, whole=whole), CPU) for whole in (False, True)
+        alone(speed.step_memory, replace(job, loss=loss), CPU) for loss in ("training", "whole")
     )
     assert at_once > 2**27 and by_chunks < 0.9 * at_once
 
