@@ -28,7 +28,7 @@ from model import ModelConfig, require
 
 OVERRIDES = ("pattern", "window", "rope_theta", "rope_scaling", "rope_factor")
 OVERRIDES += ("rope_original_length", "length_scale", "length_base")
-HELD = ("needle_share", "answer_weight", "lr", "warmup")  # of Recipe, which a phase may set anew
+HELD = ("windowed", "needle_share", "answer_weight", "lr", "warmup")  # of Recipe; a phase may too
 TREATMENT = (*OVERRIDES, "trained_length")  # other fields of ModelConfig are the model's shape
 
 
@@ -38,6 +38,7 @@ class Phase:
 
     steps: int
     lengths: dict[int, int]  # context length -> share of the steps, each of batch_tokens tokens
+    windowed: bool | None = None
     needle_share: float | None = None  # of the sequences
     answer_weight: float | None = None
     lr: float | None = None  # starts a new warm-up and cosine
@@ -62,6 +63,7 @@ class Recipe:
     data: str = str(DEFAULT_CORPUS)  # a prepared corpus
     stretch: int = 1  # every phase has so many times its steps
     batch_tokens: int = 4096  # per step, over all micro-batches and processes
+    windowed: bool = False  # whatever the pattern, all layers but the last are r
     needle_share: float = 0.0  # of the sequences that carry needles
     answer_weight: float = 0.5  # of all answers to needles together, beside 1 for all other text
     lr: float = 0.006  # of Muon (matched to AdamW's scale) and AdamW alike
@@ -99,25 +101,24 @@ class Recipe:
             changes = given(phase, OVERRIDES)
             if changes.get("rope_scaling", "none") != "none":
                 changes.setdefault("rope_original_length", config.trained_length)
+            held |= given(phase, HELD)
+            longest = max(config.trained_length or 0, *phase.lengths)
             try:
-                config = replace(config, **changes)
+                config = replace(config, **changes, trained_length=longest)
+                letters = "r" * (config.n_layer - 1) + config.pattern[-1]
+                seen = replace(config, pattern=letters) if held["windowed"] else config
             except ValueError as error:
                 raise ValueError(f"phase {number}: {error}") from error
-            longest = max(config.trained_length or 0, *phase.lengths)
-            config = replace(config, trained_length=longest)
-            held |= given(phase, HELD)
-            if phase.lr is not None:
-                since = start
+            since = since if phase.lr is None else start
             end = start + self.stretch * phase.steps
-            stages.append(Stage(start, end, phase.lengths, config, **held, since=since))
+            stages.append(Stage(start, end, phase.lengths, seen, **held, since=since))
             start = end
         ends = {stage.since: stage.end for stage in stages}  # a schedule's last stage ends it
         return [replace(stage, until=ends[stage.since]) for stage in stages]
 
     def stage_at(self, step: int) -> "Stage":
         """The stage of a step; beyond the end, the last."""
-        stages = self.stages()
-        return next((stage for stage in stages if step < stage.end), stages[-1])
+        return next((stage for stage in self.stages() if step < stage.end), self.stages()[-1])
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Stage:
     end: int
     lengths: dict[int, int]
     config: ModelConfig
+    windowed: bool
     needle_share: float
     answer_weight: float
     lr: float
@@ -192,8 +194,7 @@ def check_phase(recipe: Recipe, phase: Phase, where: str) -> None:
         text = f"{where}lengths {{ {length} = {share} }}"
         require(length >= 2 and share >= 1, f"{text}: a length of 2 or more, a share of 1 or more")
         undivided = f"{where}length {length} does not divide batch_tokens {recipe.batch_tokens}"
-        divides = recipe.batch_tokens % length == 0
-        require(divides, f"{undivided}: every step has the same tokens")
+        require(recipe.batch_tokens % length == 0, f"{undivided}: every step has the same tokens")
     new, had = phase.length_scale, recipe.model.length_scale == "ssmax"
     mend = "owns weights, so a phase cannot switch it on or off: put it under [model]"
     require(new is None or (new == "ssmax") == had, f"{where}length_scale 'ssmax' {mend}")
@@ -279,17 +280,16 @@ def check_base(model: dict, given: dict, base: ModelConfig, name: str) -> None:
 def run_name(recipe: Recipe, name: str) -> str:
     """<recipe>-<pattern>-s<seed>, each windowed letter with its window (some disks ignore case):
     laptop-r64r64r64N-s1."""
-    window = recipe.model.window
-    letters = "".join(c + f"{window}" * c.islower() for c in recipe.model.pattern)
+    letters = "".join(c + f"{recipe.model.window}" * c.islower() for c in recipe.model.pattern)
     return f"{name}-{letters}-s{recipe.seed}" + "-qk" * recipe.model.qk_norm
 
 
 def to_tables(recipe: Recipe) -> dict:
     """The recipe as the tables that `build` reads."""
     known = lambda table: {key: value for key, value in table.items() if value is not None}
-    tables = asdict(recipe)
+    tables = known(asdict(recipe))
     phases = [known(phase) for phase in tables["phase"]]
-    return known(tables) | {"model": known(tables["model"]), "phase": phases}
+    return tables | {"model": known(tables["model"]), "phase": phases}
 
 
 def command_line(description: str | None) -> CommandLine:

@@ -1,12 +1,14 @@
-"""Where attention goes: the paper's masses and entropy (section 3), a density over positions, and a
-map of heads.
+"""Where attention goes: the paper's masses and entropy (section 3), a density over positions, a map
+of heads, and logits by distance.
 
     python -m lab.attention_mass CHECKPOINT --lengths 512 2048 32768 --examples 32
 
 A single needle lies in the middle of real text; the queries are those of the question and its
 answer ("qc"), and the keys fall into four segments: the first ten tokens, the needle, the question
 and answer, and all else. Averages are over those queries, heads and layers; in a hybrid over the
-RoPE and the NoPE layers apart too. Writes OUT.csv, OUT-heads.csv and OUT.png.
+RoPE and the NoPE layers apart too. Logits are those of keys of the context, by the octave of their
+distance: NoPE layers that learned to read distance from windows below them (2609.38109) fall with
+it. Writes OUT.csv, OUT-heads.csv and OUT.png.
 """
 
 import math
@@ -34,6 +36,7 @@ COLUMNS = (*SEGMENTS, "recent", "entropy", "entropy_share")
 RECENT = 32  # nearest keys, the query's own included: what a head of recency reads
 # The density leaves out the first 10 tokens and the last 3%, as the paper's does.
 BINS, FIRST, LAST = 40, 10, 0.97
+OCTAVES = 18  # of distance, in tokens: 1, 2 to 3, 4 to 7, ...
 
 
 class Mass(NamedTuple):
@@ -51,6 +54,7 @@ class Mass(NamedTuple):
     recent: float  # on the RECENT nearest keys
     entropy: float  # bits
     entropy_share: float  # divided by log2 of the keys that a query sees
+    logit_slope: float  # nats a doubling of the distance
 
 
 class Head(NamedTuple):
@@ -71,17 +75,25 @@ def spent(
 ) -> dict[str, Tensor]:
     """What attention weights (h t s) are spent on, averaged over the t queries: (h) for each of
     COLUMNS, entropy in bits; (BINS) for "density", averaged over heads too: weight per key of a
-    stretch of the context, times all its keys, so that an even spread is 1. segment (n) says of
-    each of the n positions what lies there."""
+    stretch of the context, times all its keys, so that an even spread is 1; (OCTAVES) for "logits":
+    of the context's keys, less each query's mean of these. segment (n) says of each of the n
+    positions what lies there."""
     w, shares = weights.double(), {}
     kinds = segment[k_pos.clamp(min=0)]  # an empty slot has no weight
     for kind, name in enumerate(SEGMENTS):
         shares[name] = (w * (kinds == kind)).sum(-1).mean(1)
     shares["recent"] = (w * (q_pos[:, None] - k_pos < RECENT)).sum(-1).mean(1)
     entropy = -torch.xlogy(w, w).sum(-1) / math.log(2)
-    seen = visible(q_pos[:, None], k_pos, window).sum(-1)
+    seen = visible(q_pos[:, None], k_pos, window)
     shares["entropy"] = entropy.mean(1)
-    shares["entropy_share"] = (entropy / seen.clamp(min=2).log2()).mean(1)
+    shares["entropy_share"] = (entropy / seen.sum(-1).clamp(min=2).log2()).mean(1)
+
+    of = seen & (kinds == SEGMENTS.index("context"))  # (t s): what the octaves count
+    logits = w.clamp(min=1e-30).log()  # softmax leaves them but for a constant of each query
+    logits = (logits - (logits * of).sum(-1, keepdim=True) / of.sum(-1, keepdim=True)).mean(0)
+    octave = (q_pos[:, None] - k_pos).clamp(min=1).log2().long().clamp(max=OCTAVES - 1)
+    sums = [w.new_zeros(OCTAVES).index_add(0, octave[of], x[of]) for x in (logits, of.double())]
+    shares["logits"] = sums[0] / sums[1]  # nan where no key is
 
     length, end = len(segment), int(len(segment) * LAST)
     inside = (k_pos >= FIRST) & (k_pos < end)
@@ -108,8 +120,9 @@ def example_spent(model: Transformer, example: Example) -> list[dict[str, Tensor
 
 def measure(
     model: Transformer, needles: Needles, name: str, length: int, examples: int, seed: int = 1
-) -> tuple[list[Mass], list[Head], dict[str, Tensor]]:
-    """Masses by kind of layer (all, and in a hybrid each), heads, and densities (BINS) by kind."""
+) -> tuple[list[Mass], list[Head], dict[str, tuple[Tensor, Tensor]]]:
+    """Masses by kind of layer (all, and in a hybrid each), heads, and by kind the density (BINS)
+    and the logits (OCTAVES)."""
     hidden = cell_examples(needles, "single", length, 0.5, examples, seed)
     made = [default_collate(example_spent(model, example)) for example in hidden]
     values = default_collate(made)  # (example layer ..)
@@ -118,10 +131,15 @@ def measure(
     kinds = {"all": torch.ones_like(rope), "RoPE": rope, "NoPE": ~rope}
     if len(rope.unique()) == 1:
         kinds = {"all": kinds["all"]}
-    masses = []
+    masses, profiles = [], {}
     for kind, of in kinds.items():
         means = {key: values[key][:, of].mean().item() for key in COLUMNS}
         error = mean_and_error(values["needle"][:, of].mean((1, 2)).numpy())[1]
+        profiles[kind] = (
+            values["density"].mean(0)[of].mean(0),
+            values["logits"][:, of].nanmean((0, 1)),
+        )
+        means["logit_slope"] = slope(profiles[kind][1])
         masses.append(Mass(name, length, kind, examples, needle_error=error, **means))
     heads = []
     needle, recent = values["needle"].mean(0), values["recent"].mean(0)  # (layer h)
@@ -129,16 +147,22 @@ def measure(
         position = "RoPE" if spec.rope else "NoPE"
         over = needle[i, j].item(), recent[i, j].item()
         heads.append(Head(name, length, i, j, position, spec.window, *over))
-    density = values["density"].mean(0)
-    return masses, heads, {kind: density[of].mean(0) for kind, of in kinds.items()}
+    return masses, heads, profiles
+
+
+def slope(logits: Tensor) -> float:
+    """Nats an octave: the straight line through what is known of the OCTAVES."""
+    octaves = torch.arange(OCTAVES)[~logits.isnan()]
+    return float(np.polyfit(octaves, logits[octaves], 1)[0]) if len(octaves) > 1 else math.nan
 
 
 def plot(masses: list[Mass], longest: list[tuple], out: Path) -> None:
-    """A row a checkpoint: masses by length; of `longest`, made by `measure`, density and heads."""
+    """A row a checkpoint: masses by length; of `longest`, made by `measure`, density, logits and
+    heads."""
     names = grouped(masses, "checkpoint")
-    figure, axes = report.figure_of(14, 0.4 + 3.1 * len(names), len(names), 3, squeeze=False)
-    for (name, rows), (_, heads, densities), panels in zip(names.items(), longest, axes):
-        bars, line, points = panels
+    figure, axes = report.figure_of(18, 0.4 + 3.1 * len(names), len(names), 4, squeeze=False)
+    for (name, rows), (_, heads, profiles), panels in zip(names.items(), longest, axes):
+        bars, line, fall, points = panels
         labels, bottom = [f"{mass.length:,}\n{mass.layers}" for mass in rows], 0
         for segment in SEGMENTS:
             values = np.array([getattr(mass, segment) for mass in rows])
@@ -147,11 +171,13 @@ def plot(masses: list[Mass], longest: list[tuple], out: Path) -> None:
         bars.set(title=f"{name}\nattention mass of the qc queries", ylim=(0, 1))
         bars.tick_params(labelsize=7)
         bars.legend(fontsize=7, loc="lower right", framealpha=0.6)
-        for kind, density in densities.items():
+        for kind, (density, logits) in profiles.items():
             line.plot((np.arange(BINS) + 0.5) / BINS, density.numpy(), label=kind)
+            fall.plot(2.0 ** np.arange(OCTAVES), logits.numpy(), marker=".", label=kind)
         title = f"density over the context, {heads[0].length:,} tokens (even: 1)"
         line.set(title=title, xlabel="place in the context", yscale="log")
         line.legend(fontsize=7)
+        fall.set(title="logits of the context's keys", xlabel="distance, tokens", xscale="log")
         for head in heads:
             color = "tab:orange" if head.position == "RoPE" else "tab:blue"
             place = (head.recent, head.needle)

@@ -25,6 +25,7 @@ from evaluate import mean_and_error
 from lab import runs, speed
 from lab.report import LEARNED, at_least, figure_of, length_axis, markdown, trained_length
 from lab.runs import HERE, TASKS, TIMES, Plan, found, has_learned
+from model import require
 
 RESULTS = HERE / "results"
 WORDS = tomllib.loads((Path(__file__).parent / "claims.toml").read_text(encoding="utf-8"))
@@ -48,30 +49,30 @@ class Lab:
 
     def __post_init__(self):
         self.recipes = SCALES[self.scale]
+        self.stretch = self.recipes.get("stretch", 1)
         base, extend = (Plan(self.recipes[name]).toml for name in ("base", "extend"))
         self.trained, self.extended_to = map(trained_length, (base, extend))
         self.lengths = [times * self.trained for times in TIMES]  # at which needles are asked for
         self.longest = self.lengths[-1]
         self.window = base["model"]["window"]  # of the windowed variants' training
         self.n_layer = base["model"]["n_layer"]
-        steps = lambda toml: sum(phase["steps"] for phase in toml["phase"])
-        self.tokens = sum(steps(toml) * toml["batch_tokens"] for toml in (base, extend))
+        tokens = lambda toml: toml["batch_tokens"] * sum(phase["steps"] for phase in toml["phase"])
+        self.tokens = self.stretch * tokens(base) + tokens(extend)
 
     def run(self, plan: Plan) -> dict:
         """The record of a run's own figures."""
         return runs.record(plan, self.corpus, what="run")
 
     def choose(self, variant: str) -> Plan:
-        """The variant's run of seed 1; where it never learned, the unstretched one."""
+        """The variant's run of seed 1; where it never learned, the one that is not longer."""
         if variant not in self.chosen:
-            flags, rates = VARIANTS.get(variant), self.rates
+            flags = VARIANTS.get(variant)
             if flags is None:
-                rates = [self.choose("rrrN").rate]
                 flags = {"pattern": variant.removesuffix(" x8")}
                 flags |= {"n-layer": "8"} if self.n_layer != 8 else {}
-            base = self.recipes["base"]
-            plan, made = runs.best(base, tuple(flags.items()), self.corpus, rates)
-            self.chosen[variant] = plan if has_learned(made) else plan.with_flags(stretch="")
+            of = self.recipes["base"], tuple(flags.items()), self.corpus, self.rates, self.stretch
+            plan, made = runs.best(*of)
+            self.chosen[variant] = plan if has_learned(made) else plan.stretched(self.stretch)
         return self.chosen[variant]
 
     def base(self, variant: str) -> list[Plan]:
@@ -81,8 +82,8 @@ class Lab:
         learns = has_learned(self.run(chosen))
         for seed in self.seeds:
             plan = chosen.with_flags(seed=str(seed) if seed > 1 else "")
-            if learns and not plan.flag("stretch") and not has_learned(self.run(plan)):
-                plan = plan.with_flags(stretch="3")
+            if learns and not has_learned(self.run(plan)):
+                plan = plan.stretched(runs.LONGER * self.stretch)
             plans.append(plan)
         return plans
 
@@ -97,7 +98,7 @@ class Lab:
 
     def loss(self, variant: str) -> np.ndarray:
         """Validation loss, nats per token, after the same steps for every variant."""
-        plans = [plan.with_flags(stretch="") for plan in self.base(variant)]
+        plans = [plan.stretched(self.stretch) for plan in self.base(variant)]
         return np.array([self.run(plan)["val_loss"] for plan in plans])
 
     def needles(self, plans: list[Plan], length: int, task: str, **treatment) -> np.ndarray:
@@ -105,12 +106,23 @@ class Lab:
         made = [runs.record(plan, self.corpus, treatment) for plan in plans]
         return np.array([found(each, task, length)["exact"] for each in made])
 
-    def mass(self, plans: list[Plan], key: str, layers: str = "all") -> np.ndarray:
-        """A figure of lab.attention_mass at four times the trained length."""
-        which, values = (4 * self.trained, layers), []
+    def mass(self, plans: list[Plan], key: str, layers: str = "all", times: int = 4) -> np.ndarray:
+        """A figure of lab.attention_mass at so many times the trained length."""
+        which, values = (times * self.trained, layers), []
         for plan in plans:
             rows = runs.record(plan, self.corpus, what="attention")["masses"]
             values += [row[key] for row in rows if (row["length"], row["layers"]) == which]
+        return np.array(values)
+
+    def first_step(self, window: str) -> np.ndarray:
+        """The step of rrrN of that window, trained at one length alone, from whose evaluation on
+        LEARNED of the needles were found; all steps where that never was."""
+        seeds = [{"seed": str(seed)} if seed > 1 else {} for seed in self.seeds]
+        plans = [Plan(self.recipes["windows"]).with_flags(window=window, **seed) for seed in seeds]
+        values = []
+        for plan in plans:
+            curve = self.run(plan)["curve"]
+            values.append(next((step for step, found in curve if found >= LEARNED), curve[-1][0]))
         return np.array(values)
 
     def learned(self, variant: str, task: str) -> np.ndarray:
@@ -161,6 +173,28 @@ def cut(lab: Lab, label: str, task: str) -> np.ndarray:
     return lab.needles(lab.base("R"), lab.trained, task, pattern="r", window=lab.window)
 
 
+def given(lab: Lab, label: str, times: int) -> np.ndarray:
+    """What RRRN finds under windows at so many times the trained length: given at evaluation only,
+    or by a short training, or after the same training without them (control)."""
+    plans, whole = lab.base("RRRN"), {"pattern": "rrrN", "window": lab.window}
+    if label != "evaluation only":
+        plans = [plan.extended(lab.recipes["convert"]) for plan in plans]
+    if label == "control":
+        plans = [plan.with_flags(pattern="RRRN") for plan in plans]
+    treatment = {} if label == "short training" else whole
+    return lab.needles(plans, times * lab.trained, "single", **treatment)
+
+
+def slope(lab: Lab, label: str) -> np.ndarray:
+    """Nats a doubling of the distance in the full NoPE layers, at the trained length."""
+    if label == "N":
+        return lab.mass(lab.base("N"), "logit_slope", times=1)
+    plans = lab.base("rrrN")
+    if label == "start":
+        plans = [plan.with_flags(**{"max-steps": "0", "eval-questions": "0"}) for plan in plans]
+    return lab.mass(plans, "logit_slope", "NoPE", times=1)
+
+
 METRICS = {
     "loss": lambda lab, name, task: lab.loss(name),
     "extended": lambda lab, name, task: lab.needles(lab.extended(name), lab.extended_to, task),
@@ -179,6 +213,10 @@ METRICS = {
     "cache": costs_of(measured="cache", promised="cache_promised"),
     "step": costs_of(measured="step", FLOPs="flops"),
     "cut": cut,
+    "first_step": lambda lab, window, task: lab.first_step(window),
+    **{f"given_{n}": lambda lab, label, task, n=n: given(lab, label, n) for n in (1, 4, 16)},
+    "unextended": long,
+    "slope": lambda lab, label, task: slope(lab, label),
     "against_bar": lambda lab, name, task: (
         np.full(len(lab.seeds), LEARNED) if name == "bar" else short(lab, name, task)
     ),
@@ -188,6 +226,8 @@ ABOUT = {  # of metrics about retrieval: label -> the variant that must have lea
     **dict.fromkeys(("layers_needle", "theta_needles"), lambda label: "RN"),
     "deep_needles": DEEP.get,
     "cut": lambda label: "R",
+    **{f"given_{n}": lambda label: "RRRN" for n in (1, 4, 16)},
+    "unextended": lambda name: name,
 }
 RULES = {  # differences that are positive where the claim holds, from the values of each label
     "more": lambda a, b: a - b,
@@ -259,7 +299,7 @@ def shown(values: Sequence[float]) -> str:
     return f"{mean:.3f}" + (f" ± {error:.3f}" if len(values) > 1 else "")
 
 
-def report(lab: Lab, results: dict[int, list[Part]], picture: str) -> str:
+def report(lab: Lab, results: dict[int, list[Part]], picture: str, some: bool) -> str:
     """Markdown: the verdicts, every comparison, and the runs behind them."""
     verdicts, details = [], []
     for number, parts in results.items():
@@ -277,7 +317,7 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str) -> str:
         lab=lab,
         n=len(lab.seeds),
         seeds=f"{len(lab.seeds)} seed" + "s" * (len(lab.seeds) > 1),
-        only="" if len(results) == len(CLAIMS) else f" --only {' '.join(map(str, results))}",
+        only=f" --only {' '.join(map(str, results))}" if some else "",
         masses=4 * lab.trained,
         rule=WORDS["rule"],
         picture=picture,
@@ -338,18 +378,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(prog="python -m lab.reproduce", description=f"{__doc__}\n{WORDS['rule']}")
     add = parser.add_argument
     titles = "; ".join(f"{n} {claim['title'].strip()}" for n, claim in CLAIMS.items())
-    several = {"nargs": "+", "type": int, "choices": CLAIMS, "default": [*CLAIMS]}
+    several = {"nargs": "+", "type": int, "choices": CLAIMS}
     add("--scale", choices=SCALES, default="laptop", help="(default: laptop)")
     add("--seeds", type=int, default=3, help="how many, from 1 on (default: 3)")
     add("--only", **several, metavar="CLAIM", help=f"numbers of claims: {titles}")
     runs.add_rates(parser)
     args = parser.parse(argv)
     at_least(1, seeds=args.seeds)
-    only = sorted(set(args.only))
+    needs = lambda number: set(CLAIMS[number].get("needs", ()))
+    ready = [number for number in CLAIMS if needs(number) <= set(SCALES[args.scale])]
+    only = sorted(set(args.only or ready))
+    for number in only:
+        missing = f"--only {number}: the scale {args.scale} has no recipe for that claim"
+        require(number in ready, missing)
     data = Plan(SCALES[args.scale]["base"]).toml.get("data")
     corpus = load_corpus(data) if data else default_corpus()
     lab = Lab(args.scale, corpus, list(range(1, args.seeds + 1)), args.rates)
-    suffix = "" if only == list(CLAIMS) else "-" + "-".join(map(str, only))
+    suffix = "" if only == ready else "-" + "-".join(map(str, only))
     folder, picture = RESULTS / f"reproduce-{args.scale}", f"retrieval{suffix}.png"
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -359,7 +404,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{number}. {CLAIMS[number]['title']}: {word}", flush=True)
     plot(lab, folder / picture)
     out = folder / f"report{suffix}.md"
-    out.write_text(report(lab, results, picture), encoding="utf-8")
+    out.write_text(report(lab, results, picture, only != ready), encoding="utf-8")
     print(f"written to {out}")
 
 

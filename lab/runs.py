@@ -36,7 +36,7 @@ VERSION = 2  # 2: hidden needle lines weigh nothing as text
 TASKS, TIMES = ("single", "multi-key"), (1, 2, 4, 8, 16)  # at so many times the trained length
 EXAMPLES = 24  # of each task at each length, at any depth: a standard error of .1 at the most
 MASS_TIMES, MASS_EXAMPLES = (1, 4, 16), 16  # of attention mass
-RATES, STRETCHES = (0.003, 0.006, 0.01), (1, 3)  # see `best`
+RATES, LONGER = (0.003, 0.006, 0.01), 3  # see `best`
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ class Plan:
         """The same with these flags, or without those that are given as ""."""
         kept = tuple(flag for flag in self.flags if flag[0] not in flags)
         return replace(self, flags=kept + tuple((k, v) for k, v in flags.items() if v))
+
+    def stretched(self, times: int) -> "Plan":
+        """The same for so many times the recipe's steps."""
+        return self.with_flags(stretch=str(times) if times > 1 else "")
 
     def extended(self, recipe: str) -> "Plan":
         """A short training by `recipe` from this run on; the record asks needles, it need not."""
@@ -146,8 +150,9 @@ def record(
     record, or made now.
 
     Keys: plan, treatment, recipe, corpus, seconds of training; without a treatment also val_loss,
-    val_bits_per_byte and the run's own table; and by `what`: needles, cells of lab.needles, or
-    masses and heads, rows of lab.attention_mass. "run" is content with a needle record."""
+    val_bits_per_byte, the run's own table and its needles by step (curve); by `what`: needles,
+    cells of lab.needles, or masses and heads, rows of lab.attention_mass. "run" is content with a
+    needle record."""
     treatment = treatment or {}
     elsewhere = [] if plan.trained == 512 else [plan.trained]
     asked = {
@@ -207,6 +212,9 @@ def _measured(plan: Plan, corpus: Corpus, treatment: dict, what: str) -> dict:
         "seconds": round(sum(entry.get("seconds", 0) for entry in entries), 1),
         **{key: entries[-1][key] for key in own},
     }
+    if not treatment:  # at the trained length
+        at = [e for e in entries if "needles" in e and e["length"] == plan.trained]
+        made["curve"] = [[entry["step"], round(entry["needles"], 3)] for entry in at]
     if what == "needles":
         made["needles"] = []
         for task, times in product(TASKS, TIMES):
@@ -248,24 +256,26 @@ def has_learned(made: dict) -> bool:
 
 
 def best(
-    recipe: str, flags: tuple, corpus: Corpus, rates: Sequence[float] = RATES
+    recipe: str, flags: tuple, corpus: Corpus, rates: Sequence[float] = RATES, stretch: int = 1
 ) -> tuple[Plan, dict]:
-    """The run of a variant that all its tables speak of, and its record: the recipe at each of the
-    rates, the best by exact match at the trained length, then by loss; where that has not learned
-    the task, the same rate for three times the steps."""
-    made: dict[Plan, dict] = {}
-    for stretch in STRETCHES:
-        for rate in rates:
-            require(0 < rate < 1, f"--rates {rate:g} is not between 0 and 1")
-            plan = Plan(recipe, flags)
-            lr = "" if rate == plan.rate else str(rate)
-            plan = plan.with_flags(lr=lr, stretch=str(stretch) if stretch > 1 else "")
-            made[plan] = record(plan, corpus, what="run")
-        chosen = max(made, key=lambda plan: (own_score(made[plan]), -made[plan]["val_loss"]))
-        if has_learned(made[chosen]):
+    """The run of a variant that all its tables speak of, and its record. The recipe's own steps
+    choose the rate, by exact match at the trained length, then by loss; then `stretch` times as
+    many; where that has not learned the task, LONGER times these."""
+    plans = []
+    for rate in rates:
+        require(0 < rate < 1, f"--rates {rate:g} is not between 0 and 1")
+        plan = Plan(recipe, flags)
+        plans.append(plan.with_flags(lr="" if rate == plan.rate else str(rate)))
+    made = {plan: record(plan, corpus, what="run") for plan in plans[len(plans) == 1 :]}
+    chosen = max(
+        made, key=lambda plan: (own_score(made[plan]), -made[plan]["val_loss"]), default=plan
+    )
+    for times in (stretch, LONGER * stretch):
+        plan = chosen.stretched(times)
+        entry = record(plan, corpus, what="run")
+        if has_learned(entry):
             break
-        rates = [chosen.rate]
-    return chosen, made[chosen]
+    return plan, entry
 
 
 def add_rates(parser: CommandLine) -> None:

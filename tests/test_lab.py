@@ -54,7 +54,7 @@ def write_run(folder, pattern, exact, seed=1):
     entries = [
         {"step": 1, "loss": 3.0, "seconds": 90.0},
         {"step": 2, "loss": 2.0, "seconds": 30.0},
-        {"step": 2, "val_loss": 2.5, "val_bits_per_byte": 1.5, "needles": exact},
+        {"step": 2, "length": 512, "val_loss": 2.5, "val_bits_per_byte": 1.5, "needles": exact},
         {"step": 2, "final": True, "val_loss": 2.5, "val_bits_per_byte": 1.5, "table": scores},
     ]
     (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -500,7 +500,7 @@ def test_records_are_made_once_and_make_a_page(
     plan = runs.Plan("laptop")
     made = runs.record(plan, corpus)
     lines = lambda: (tmp_path / "records").read_text().splitlines()
-    assert len(lines()) == 1
+    assert len(lines()) == 1 and made["curve"] == [[2, 0.95]]
     again = runs.record(plan, corpus)
     assert (
         made == again and asked == [plan] and made["val_loss"] == 2.5 and len(made["needles"]) == 10
@@ -539,6 +539,9 @@ def test_records_are_made_once_and_make_a_page(
     assert dict(plan.flags) == {"pattern": "R"} and runs.has_learned(entry)
     plan, entry = runs.best("laptop", (("pattern", "RN"),), corpus)
     assert dict(plan.flags)["stretch"] == "3"
+    for pattern, times in (("R", "2"), ("RN", "6")):  # a scale of twice the steps
+        plan, _ = runs.best("laptop", (("pattern", pattern),), corpus, stretch=2)
+        assert plan.flag("stretch") == times
     long_context.main(["--out", str(tmp_path / "page")])
     text = (tmp_path / "page.md").read_text()
     assert (

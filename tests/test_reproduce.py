@@ -269,7 +269,7 @@ def test_what_a_claim_is_about_must_have_learned(monkeypatch):
 def test_every_part_names_what_there_is():
     """The parts of claims.toml name rules and metrics that exist, and all of these are used."""
     parts = [part for claim in CLAIMS.values() for part in claim["parts"]]
-    assert list(CLAIMS) == list(range(1, 14)) and len(parts) == 36
+    assert list(CLAIMS) == list(range(1, 18)) and len(parts) == 51
     says, rules, metrics, _ = zip(*(part[:4] for part in parts))
     assert set(rules) == set(reproduce.RULES) and set(metrics) == set(reproduce.METRICS)
     assert set(reproduce.ABOUT) <= set(metrics) and len(set(says)) > 30
@@ -305,18 +305,20 @@ def made_up(plan, corpus, treatment, what):
     RoPE alone forgets with the length."""
     flags = dict(plan.flags)
     base = dict(plan.init.flags) if plan.init else flags
-    pattern = base["pattern"]
+    pattern = base.get("pattern", "rrrN")
     learned = 0.1 if pattern == "N" and base.get("stretch") != "3" else 0.9
     level = {"RN": 0.6, "N": 0.4}.get(pattern, 0.9) if plan.init else learned
     trained_at = plan.trained
-    exact = lambda times: 0.0 if treatment else level / times ** (pattern == "R")
+    exact = lambda times: 0.0 if treatment else level / times ** (pattern in ("R", "rrrR"))
     mass = {"needle": level / 10, "begin": 0.3, "qc": 0.2, "entropy_share": 0.45}
+    mass["logit_slope"] = -0.2 if pattern == "rrrN" and "max-steps" not in flags else -0.1
     return {
         "plan": str(plan),
         "treatment": treatment,
         "recipe": plan.toml,
         "val_loss": {"R": 4.0, "N": 4.1}.get(pattern, 3.9) + 0.001 * int(flags.get("seed", 1)),
         "table": [{"length": trained_at, "exact": learned}],
+        "curve": [[50, 0.1], [40 * int(math.log2(int(flags.get("window", 64)))), 0.9], [300, 1.0]],
         "needles": [
             {"task": task, "length": trained_at * times, "exact": exact(times)}
             for task in runs.TASKS
@@ -415,7 +417,8 @@ def test_only_some_claims(corpus_folder, tmp_path, monkeypatch, capsys):
         "qk-norm" in plan or "--pattern N" in plan or "--seed" in plan for plan in plans
     )
     for argv, word in (
-        (["--only", "14"], "--only: invalid choice: 14"),
+        (["--only", "18"], "--only: invalid choice: 18"),
+        (["--only", "14", "--scale", "gpu"], "--only 14: the scale gpu has no recipe"),
         (["--seeds", "0"], "--seeds 0"),
         (["--scale", "huge"], "'huge'"),
         (["--rates", "2"], "--rates 2"),
