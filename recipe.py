@@ -63,7 +63,7 @@ class Recipe:
     data: str = str(DEFAULT_CORPUS)  # a prepared corpus
     stretch: int = 1  # every phase has so many times its steps
     batch_tokens: int = 4096  # per step, over all micro-batches and processes
-    windowed: bool = False  # whatever the pattern, all layers but the last are r
+    windowed: bool = False  # a pattern without windows is r up to its last layer
     needle_share: float = 0.0  # of the sequences that carry needles
     answer_weight: float = 0.5  # of all answers to needles together, beside 1 for all other text
     lr: float = 0.006  # of Muon (matched to AdamW's scale) and AdamW alike
@@ -105,8 +105,9 @@ class Recipe:
             longest = max(config.trained_length or 0, *phase.lengths)
             try:
                 config = replace(config, **changes, trained_length=longest)
-                letters = "r" * (config.n_layer - 1) + config.pattern[-1]
-                seen = replace(config, pattern=letters) if held["windowed"] else config
+                narrow = "r" * (config.n_layer - 1) + config.pattern[-1]
+                narrowed = held["windowed"] and config.pattern.isupper()
+                seen = replace(config, pattern=narrow) if narrowed else config
             except ValueError as error:
                 raise ValueError(f"phase {number}: {error}") from error
             since = since if phase.lr is None else start

@@ -204,6 +204,26 @@ def test_a_flag_takes_the_place_of_a_schedule_from_the_first_step(tmp_path):
         recipes.build(tables, {"window": 4})
 
 
+def test_a_pattern_without_windows_begins_with_them(tmp_path):
+    """Up to its last layer, while `windowed` holds; one that has windows is left as it is; a flag
+    takes the place of all phases; without a window there is nothing to begin with."""
+    begins = phase("windowed = true\n") + PHASE + PHASE + "windowed = false\n"
+    patterns = lambda *flags: [stage.config.pattern for stage in read_stages(*flags)]
+    read_stages = lambda *flags: read(tmp_path, begins, flags).stages()
+    for pattern, first in (("R", "rrrR"), ("N", "rrrN"), ("RN", "rrrN"), ("RRRN", "rrrN")):
+        assert patterns("--pattern", pattern) == [first, first, pattern]
+    for pattern in ("rrrN", "Nrrr", "rN", "n"):
+        assert patterns("--pattern", pattern) == [pattern] * 3
+    assert patterns("--pattern", "R", "--n-layer", "6")[0] == "rrrrrR"
+    assert patterns("--pattern", "R", "--no-windowed") == ["R"] * 3
+    assert patterns("--pattern", "R", "--windowed") == ["rrrR"] * 3
+    assert read_stages("--pattern", "R")[0].config.window == 16
+    none = begins.replace("window = 16", "")
+    tables = lambda text: recipes.build(recipes.tomllib.loads(text), {"pattern": "R"} | no_window)
+    no_window = {"window": None}
+    check_refused(lambda: tables(none), "phase 1", "window")
+
+
 # ------------------------------------------------------------------------------------------------
 # Anything at all
 
