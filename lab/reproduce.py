@@ -3,6 +3,7 @@ a verdict for each. lab/claims.toml says what each claim compares.
 
     python -m lab.reproduce                      three seeds at laptop scale; hours on two cores
     python -m lab.reproduce --seeds 1 --only 8   the central claim alone
+    python -m lab.reproduce --scale evening      twice the steps: every variant but N learns
     python -m lab.reproduce --scale gpu          30M parameters on one GPU
 
 Writes results/reproduce-<scale>/report.md and retrieval.png (with --only: report-8.md, ...) from
@@ -325,8 +326,9 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str, some: bool) -
         details="\n\n".join(details),
         about=WORDS["variants"],
         variants=variants(lab),
+        unlearned=unlearned(lab),
     )
-    return page.replace("  |", " |")  # an empty cell is one space
+    return page.replace("  |", " |").rstrip() + "\n"  # an empty cell is one space
 
 
 def variants(lab: Lab) -> str:
@@ -345,6 +347,22 @@ def variants(lab: Lab) -> str:
             rows.append([stage, *cells, *map(" / ".join, tasks)])
             cells = [""] * 4
     return markdown([*head, *(f"{n:,}" for n in lab.lengths)], rows)
+
+
+def unlearned(lab: Lab) -> str:
+    """A paragraph a variant that never learned: what its longest run found, by tokens of training,
+    at the trained length."""
+    said = []
+    for name, chosen in lab.chosen.items():
+        if not has_learned(lab.run(chosen)):
+            made = lab.run(chosen.stretched(runs.LONGER * lab.stretch))
+            curve, batch = made["curve"], made["recipe"]["batch_tokens"]
+            some = curve[:: -max(1, len(curve) // 6)][::-1]
+            points = ", ".join(
+                f"{found:.2f} after {step * batch / 1e6:.1f}M" for step, found in some
+            )
+            said.append(f"{name} had not learned in its longest run: it found {points} tokens.")
+    return "\n\n".join(said)
 
 
 def plot(lab: Lab, out: Path) -> None:
