@@ -128,6 +128,14 @@ def test_planted_attention_gives_the_masses_that_it_must(needles, monkeypatch):
     # a bin holds 12 or 13 keys
     assert found["density"] == pytest.approx([1] * attention_mass.BINS, abs=0.15)
 
+    assert found["logits"][:9] == pytest.approx([0] * 9) and math.isnan(found["logits"][9])
+    assert attention_mass.slope(torch.tensor(found["logits"])) == pytest.approx(0)
+
+    # weights that fall as 1 / distance: ln 2 an octave, whatever the needle has on top
+    falls = lambda q, k, segment: (k <= q) * (1.0 + 50 * (segment == NEEDLE)) / (q - k).clamp(min=1)
+    slope = attention_mass.slope(torch.tensor(run(falls)["logits"]))
+    assert slope == pytest.approx(-math.log(2), rel=0.12)
+
     found = run(lambda q, k, segment: (k == q - 1).double())  # the previous token
     assert found["recent"] == [1.0, 1.0] and found["entropy"] == found["entropy_share"] == [
         0.0,
@@ -264,6 +272,62 @@ def test_what_a_claim_is_about_must_have_learned(monkeypatch):
     assert verdict(part) == "reproduced"
     monkeypatch.setitem(reproduce.ABOUT, "flat", lambda name: name)
     assert verdict(reproduce.compare(lab, *row)) == "not decided: N had not learned"
+
+
+def test_a_late_window_is_given_at_evaluation_or_by_a_training(monkeypatch, corpus_folder):
+    """Claim 15: three ways to the same windows from the same runs."""
+    asked = []
+    record = lambda plan, corpus, treatment=None, what="": (
+        asked.append((str(plan), treatment)) or made_up(plan, corpus, treatment, what)
+    )
+    monkeypatch.setattr(runs, "record", record)
+    lab = reproduce.Lab("laptop", load_corpus(corpus_folder), [2], rates=[0.006])
+    windows = {"pattern": "rrrN", "window": 64}
+    for label, trains, given in (
+        ("evaluation only", "", windows),
+        ("short training", "convert-laptop.toml", {}),
+        (
+            "control",
+            "convert-laptop.toml --n-layer 4 --eval-questions 0 --seed 2 --pattern",
+            windows,
+        ),
+    ):
+        asked.clear()
+        reproduce.given(lab, label, 4)
+        plan, treatment = asked[-1]
+        base = "train.py recipes/laptop.toml --pattern RRRN --no-windowed --seed 2"
+        assert base in plan and plan.startswith(f"train.py recipes/{trains}") and treatment == given
+
+
+def test_the_step_from_which_a_window_finds(monkeypatch, corpus_folder):
+    curves = {"16": [[50, 0.2], [100, 0.8], [150, 0.9]], "64": [[50, 0.2], [100, 0.3]]}
+    monkeypatch.setattr(
+        runs, "record", lambda plan, *more, **what: {"curve": curves[plan.flag("window")]}
+    )
+    lab = reproduce.Lab("laptop", load_corpus(corpus_folder), [1, 2])
+    assert (
+        lab.first_step("16").tolist() == [100, 100] and lab.first_step("64").tolist() == [100] * 2
+    )
+
+
+def test_what_never_learned_is_said_by_tokens(monkeypatch, corpus_folder):
+    """Of its longest run; nothing is trained for those that learned."""
+    lab = reproduce.Lab("evening", load_corpus(corpus_folder), [1])
+    lab.chosen = {name: runs.Plan("laptop", (("pattern", name),)) for name in ("R", "N")}
+
+    def record(plan, *more, **what):
+        learns = plan.flag("pattern") == "R"
+        assert plan.flag("stretch") == ("6" if len(seen) == 2 else "")
+        seen.append(plan)
+        table = [{"length": 512, "exact": 0.9 if learns else 0.1}]
+        curve = [[1000 * (i + 1), i / 100] for i in range(12)]
+        return {"recipe": plan.toml, "table": table, "curve": curve}
+
+    seen = []
+    monkeypatch.setattr(runs, "record", record)
+    said = reproduce.unlearned(lab)
+    assert said.startswith("N had not learned") and "\n" not in said and len(seen) == 3
+    assert said.endswith("0.09 after 41.0M, 0.11 after 49.2M tokens.")
 
 
 def test_every_part_names_what_there_is():
