@@ -30,6 +30,7 @@ TASKS = {
     "single": "one needle, asked",
     "multi-key": "eight needles, one asked",
     "multi-query": "eight needles, four asked",
+    "crowded": "a needle every 32 tokens, four asked",
     "multi-value": "one key with four values, asked in order of appearance; four other needles",
     "variable-tracking": "four chains `a is 48213`, `b equals a`, `c equals b`; what is one c?",
     "aggregation": "eight marked words, one more often than the others: which?",
@@ -140,9 +141,10 @@ class Needles:
             return np.append(first, np.sort(rng.uniform(first, 1, count - 1)))
 
         make = self._value  # what wrong answers look like
-        if name in ("single", "multi-key", "multi-query"):
-            hidden = self._needles(rng, 1 if name == "single" else 8)
-            questions = 4 if name == "multi-query" else 1
+        if name in ("single", "multi-key", "multi-query", "crowded"):
+            several = self.counts(length)[0] if name == "crowded" else 8
+            hidden = self._needles(rng, 1 if name == "single" else several)
+            questions = 4 if name in ("multi-query", "crowded") else 1
             asked, rivals = hidden[:questions], hidden[questions:]
             depths = np.append(following(questions), anywhere(len(rivals)))
         elif name == "multi-value":
