@@ -47,7 +47,10 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
         yield "N, DroPE's scale", plan, {"length_scale": "drope"}
     yield f"{name}, extended{raised}", plan.extended(extended), {}
     if name == "rrrN":
+        wide = plan.extended(extended).with_flags(window="256")
+        yield "rrrN, windows of 256 while extending", wide, {}
         yield "rrrN, Llama 4's scale at evaluation", plan, {"length_scale": "llama4"}
+        yield "rrrN, SWAN's scale at evaluation", plan, {"length_scale": "swan"}
         ssmax = Plan("ssmax-laptop", plan.with_flags(pattern="").flags)
         yield "rrrN, trained with scalable softmax", ssmax, {}
     if name == "R":
@@ -58,10 +61,11 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
             yield f"R, {scaling.upper()} at factor 4, untrained", plan, treatment
             extended = plan.extended(f"extend-laptop-{scaling}")
             yield f"R, extended with {scaling.upper()}", extended, {}
-        yield "R converted to rrrN", plan.extended("convert-laptop"), {}
+        converted = plan.extended("convert-laptop")
+        yield "R converted to rrrN", converted, {}
+        yield "R converted in four times the steps", converted.stretched(4), {}
         # At the recipe's own rates: its last phase sets one.
-        stretch = tuple(flag for flag in plan.flags if flag[0] == "stretch")
-        dropped = Plan("drope-laptop", stretch)
+        dropped = Plan("drope-laptop").stretched(runs.LONGER)
         yield "R, dropped at the end (DroPE)", dropped, {}
         yield "R, dropped at the end, its scale", dropped, {"length_scale": "drope"}
 
