@@ -3,7 +3,7 @@ a verdict for each. lab/claims.toml says what each claim compares.
 
     python -m lab.reproduce                      three seeds at laptop scale; hours on two cores
     python -m lab.reproduce --seeds 1 --only 8   the central claim alone
-    python -m lab.reproduce --scale evening      twice the steps: every variant but N learns
+    python -m lab.reproduce --scale evening      twice the steps
     python -m lab.reproduce --scale gpu          30M parameters on one GPU
 
 Writes results/reproduce-<scale>/report.md and retrieval.png (with --only: report-8.md, ...) from
@@ -324,7 +324,7 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str, some: bool) -
         picture=picture,
         verdicts=markdown(["", "claim", "paper", "verdict"], verdicts),
         details="\n\n".join(details),
-        about=WORDS["variants"],
+        about=WORDS["variants"].format(base=lab.recipes["base"]),
         variants=variants(lab),
         unlearned=unlearned(lab),
     )
