@@ -142,7 +142,7 @@ class Needles:
 
         make = self._value  # what wrong answers look like
         if name in ("single", "multi-key", "multi-query", "crowded"):
-            several = self.counts(length)[0] if name == "crowded" else 8
+            several = max(4, length // 32) if name == "crowded" else 8
             hidden = self._needles(rng, 1 if name == "single" else several)
             questions = 4 if name in ("multi-query", "crowded") else 1
             asked, rivals = hidden[:questions], hidden[questions:]

@@ -6,9 +6,9 @@ of heads, and logits by distance.
 A single needle lies in the middle of real text; the queries are those of the question and its
 answer ("qc"), and the keys fall into four segments: the first ten tokens, the needle, the question
 and answer, and all else. Averages are over those queries, heads and layers; in a hybrid over the
-RoPE and the NoPE layers apart too. Logits are those of keys of the context, by the octave of their
-distance: NoPE layers that learned to read distance from windows below them (2609.38109) fall with
-it. Writes OUT.csv, OUT-heads.csv and OUT.png.
+RoPE and the NoPE layers apart too. Logits are those of the context's keys in the last layer that
+sees all, by the octave of their distance: a NoPE layer that learned to read distance from windows
+below it (2609.38109) falls with it. Writes OUT.csv, OUT-heads.csv and OUT.png.
 """
 
 import math
@@ -37,6 +37,7 @@ RECENT = 32  # nearest keys, the query's own included: what a head of recency re
 # The density leaves out the first 10 tokens and the last 3%, as the paper's does.
 BINS, FIRST, LAST = 40, 10, 0.97
 OCTAVES = 18  # of distance, in tokens: 1, 2 to 3, 4 to 7, ...
+FROM = 5  # the octave, of 32 to 63 tokens, from which on every query of a question has keys
 
 
 class Mass(NamedTuple):
@@ -54,7 +55,7 @@ class Mass(NamedTuple):
     recent: float  # on the RECENT nearest keys
     entropy: float  # bits
     entropy_share: float  # divided by log2 of the keys that a query sees
-    logit_slope: float  # nats a doubling of the distance
+    logit_slope: float  # nats a doubling of the distance; nan where no such layer sees all
 
 
 class Head(NamedTuple):
@@ -135,12 +136,11 @@ def measure(
     for kind, of in kinds.items():
         means = {key: values[key][:, of].mean().item() for key in COLUMNS}
         error = mean_and_error(values["needle"][:, of].mean((1, 2)).numpy())[1]
-        profiles[kind] = (
-            values["density"].mean(0)[of].mean(0),
-            values["logits"][:, of].nanmean((0, 1)),
-        )
-        means["logit_slope"] = slope(profiles[kind][1])
-        masses.append(Mass(name, length, kind, examples, needle_error=error, **means))
+        last = [i for i, spec in enumerate(model.plan) if of[i] and spec.window is None][-1:]
+        logits = values["logits"][:, last].nanmean((0, 1))
+        means |= {"needle_error": error, "logit_slope": slope(logits)}
+        masses.append(Mass(name, length, kind, examples, **means))
+        profiles[kind] = values["density"].mean(0)[of].mean(0), logits
     heads = []
     needle, recent = values["needle"].mean(0), values["recent"].mean(0)  # (layer h)
     for (i, spec), j in product(enumerate(model.plan), range(model.config.n_head)):
@@ -151,8 +151,8 @@ def measure(
 
 
 def slope(logits: Tensor) -> float:
-    """Nats an octave: the straight line through what is known of the OCTAVES."""
-    octaves = torch.arange(OCTAVES)[~logits.isnan()]
+    """Nats an octave: the straight line through what is known of logits (OCTAVES) FROM there on."""
+    octaves = torch.arange(FROM, OCTAVES)[~logits[FROM:].isnan()]
     return float(np.polyfit(octaves, logits[octaves], 1)[0]) if len(octaves) > 1 else math.nan
 
 
@@ -177,7 +177,9 @@ def plot(masses: list[Mass], longest: list[tuple], out: Path) -> None:
         title = f"density over the context, {heads[0].length:,} tokens (even: 1)"
         line.set(title=title, xlabel="place in the context", yscale="log")
         line.legend(fontsize=7)
-        fall.set(title="logits of the context's keys", xlabel="distance, tokens", xscale="log")
+        fall.set(
+            title="logits of the context's keys, nats", xlabel="distance, tokens", xscale="log"
+        )
         for head in heads:
             color = "tab:orange" if head.position == "RoPE" else "tab:blue"
             place = (head.recent, head.needle)

@@ -186,14 +186,12 @@ def given(lab: Lab, label: str, times: int) -> np.ndarray:
     return lab.needles(plans, times * lab.trained, "single", **treatment)
 
 
-def slope(lab: Lab, label: str) -> np.ndarray:
-    """Nats a doubling of the distance in the full NoPE layers, at the trained length."""
-    if label == "N":
-        return lab.mass(lab.base("N"), "logit_slope", times=1)
-    plans = lab.base("rrrN")
-    if label == "start":
-        plans = [plan.with_flags(**{"max-steps": "0", "eval-questions": "0"}) for plan in plans]
-    return lab.mass(plans, "logit_slope", "NoPE", times=1)
+def slope(lab: Lab, label: str, task: str) -> np.ndarray:
+    """Nats a doubling of the distance in the last layer of a variant, or of rrrN at the start."""
+    if label != "start":
+        return lab.mass(lab.base(label), "logit_slope", times=1)
+    made = [runs.record(plan, lab.corpus, what="attention") for plan in lab.base("rrrN")]
+    return np.array([each["start"][0]["logit_slope"] for each in made])
 
 
 METRICS = {
@@ -217,7 +215,7 @@ METRICS = {
     "first_step": lambda lab, window, task: lab.first_step(window),
     **{f"given_{n}": lambda lab, label, task, n=n: given(lab, label, n) for n in (1, 4, 16)},
     "unextended": long,
-    "slope": lambda lab, label, task: slope(lab, label),
+    "slope": slope,
     "against_bar": lambda lab, name, task: (
         np.full(len(lab.seeds), LEARNED) if name == "bar" else short(lab, name, task)
     ),

@@ -37,7 +37,7 @@ TASKS = ("single", "multi-key", "crowded")
 TIMES = (1, 2, 4, 8, 16)  # the trained length
 EXAMPLES = 24  # of each task at each length, at any depth: a standard error of .1 at the most
 MASS_TIMES, MASS_EXAMPLES = (1, 4, 16), 16  # of attention mass
-RATES, LONGER = (0.003, 0.006, 0.01), 3  # see `best`
+RATES, LONGER, CHANCE = (0.003, 0.006, 0.01), 3, 0.15  # see `best`
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,14 @@ def record(
 
     Keys: plan, treatment, recipe, corpus, seconds of training; without a treatment also val_loss,
     val_bits_per_byte, the run's own table and its needles by step (curve); by `what`: needles,
-    cells of lab.needles, or masses and heads, rows of lab.attention_mass. "run" is content with a
-    needle record."""
+    cells of lab.needles, or masses, heads and start, rows of lab.attention_mass (the last of the
+    weights before training, at the trained length). "run" is content with a needle record."""
     treatment = treatment or {}
     elsewhere = [] if plan.trained == 512 else [plan.trained]
     asked = {
-        "run": ["run"],
-        "needles": [EXAMPLES, TASKS, TIMES],
-        "attention": ["attention", MASS_EXAMPLES, MASS_TIMES],
+        "run": ["run", "curve"],
+        "needles": [EXAMPLES, TASKS, TIMES, "curve"],
+        "attention": ["attention", MASS_EXAMPLES, MASS_TIMES, "slope"],
     }
     identity = lambda what: [plan.key(corpus), treatment, *asked[what], *elsewhere]
     if what == "run" and _hash(identity("needles")) in records():
@@ -229,13 +229,17 @@ def _measured(plan: Plan, corpus: Corpus, treatment: dict, what: str) -> dict:
             masses, heads, _ = attention_mass.measure(model, hidden, "", *cell)
             made["masses"] += map(_fields, masses)
         made["heads"] = list(map(_fields, heads))  # at the longest length
+        torch.manual_seed(run["recipe"]["seed"])  # as train.py's first weights
+        start = Transformer(model.config).to(device), hidden, "", plan.trained, MASS_EXAMPLES
+        made["start"] = list(map(_fields, attention_mass.measure(*start)[0]))
     return made
 
 
 def _fields(row, *left_out: str) -> dict:
     """Of a measurement, as a record keeps it: five digits are enough."""
     kept = {k: v for k, v in row._asdict().items() if k not in ("checkpoint", *left_out)}
-    return {k: round(v, 5) if isinstance(v, float) else v for k, v in kept.items()}
+    known = {k: v for k, v in kept.items() if v == v}  # JSON has no nan
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in known.items()}
 
 
 def found(made: dict, task: str, length: int) -> dict:
@@ -260,23 +264,25 @@ def best(
     recipe: str, flags: tuple, corpus: Corpus, rates: Sequence[float] = RATES, stretch: int = 1
 ) -> tuple[Plan, dict]:
     """The run of a variant that all its tables speak of, and its record. The recipe's own steps
-    choose the rate, by exact match at the trained length, then by loss; then `stretch` times as
-    many; where that has not learned the task, LONGER times these."""
+    choose the rate, by exact match at the trained length where it is above CHANCE, then by loss;
+    then `stretch` times as many; where these have not learned the task, the better of these and of
+    LONGER times as many."""
     plans = []
     for rate in rates:
         require(0 < rate < 1, f"--rates {rate:g} is not between 0 and 1")
         plan = Plan(recipe, flags)
         plans.append(plan.with_flags(lr="" if rate == plan.rate else str(rate)))
-    made = {plan: record(plan, corpus, what="run") for plan in plans[len(plans) == 1 :]}
-    chosen = max(
-        made, key=lambda plan: (own_score(made[plan]), -made[plan]["val_loss"]), default=plan
-    )
-    for times in (stretch, LONGER * stretch):
-        plan = chosen.stretched(times)
-        entry = record(plan, corpus, what="run")
-        if has_learned(entry):
-            break
-    return plan, entry
+    measured = lambda plan: record(plan, corpus, what="run")
+
+    def quality(plan: Plan) -> tuple[float, float]:
+        exact = own_score(measured(plan))
+        return exact if exact >= CHANCE else 0.0, -measured(plan)["val_loss"]
+
+    chosen = plans[0] if len(plans) == 1 else max(plans, key=quality)
+    chosen = chosen.stretched(stretch)
+    if not has_learned(measured(chosen)):
+        chosen = max(chosen, chosen.stretched(LONGER * stretch), key=quality)
+    return chosen, measured(chosen)
 
 
 def add_rates(parser: CommandLine) -> None:

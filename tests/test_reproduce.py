@@ -375,7 +375,7 @@ def made_up(plan, corpus, treatment, what):
     trained_at = plan.trained
     exact = lambda times: 0.0 if treatment else level / times ** (pattern in ("R", "rrrR"))
     mass = {"needle": level / 10, "begin": 0.3, "qc": 0.2, "entropy_share": 0.45}
-    mass["logit_slope"] = -0.2 if pattern == "rrrN" and "max-steps" not in flags else -0.1
+    mass["logit_slope"] = -0.2 if pattern == "rrrN" else -0.1
     return {
         "plan": str(plan),
         "treatment": treatment,
@@ -393,6 +393,7 @@ def made_up(plan, corpus, treatment, what):
             for times in runs.MASS_TIMES
             for layers in ("all", "RoPE", "NoPE")
         ],
+        "start": [{"logit_slope": 0.0}],
     }
 
 
