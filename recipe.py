@@ -63,7 +63,7 @@ class Recipe:
     data: str = str(DEFAULT_CORPUS)  # a prepared corpus
     stretch: int = 1  # every phase has so many times its steps
     batch_tokens: int = 4096  # per step, over all micro-batches and processes
-    windowed: bool = False  # a pattern without windows is r up to its last layer
+    windowed: bool = False  # a pattern without windows is r, or n for N, up to its last layer
     needle_share: float = 0.0  # of the sequences that carry needles
     answer_weight: float = 0.5  # of all answers to needles together, beside 1 for all other text
     lr: float = 0.006  # of Muon (matched to AdamW's scale) and AdamW alike
@@ -94,8 +94,7 @@ class Recipe:
 
     @cached_property
     def _stages(self) -> list["Stage"]:
-        stages: list[Stage] = []
-        config, start, since = self.model, 0, 0
+        stages, config, start, since = [], self.model, 0, 0
         held = {name: getattr(self, name) for name in HELD}
         for number, phase in enumerate(self.phase, 1):
             changes = given(phase, OVERRIDES)
@@ -105,7 +104,8 @@ class Recipe:
             longest = max(config.trained_length or 0, *phase.lengths)
             try:
                 config = replace(config, **changes, trained_length=longest)
-                narrow = "r" * (config.n_layer - 1) + config.pattern[-1]
+                letter = "r" if "R" in config.pattern else "n"
+                narrow = letter * (config.n_layer - 1) + config.pattern[-1]
                 narrowed = held["windowed"] and config.pattern.isupper()
                 seen = replace(config, pattern=narrow) if narrowed else config
             except ValueError as error:

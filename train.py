@@ -182,7 +182,7 @@ def mfu(run: Run, length: int, tokens_per_second: float) -> str:
 
 def announce(run: Run) -> None:
     """What is about to run, and what a reader should know about it."""
-    recipe, config = run.recipe, run.recipe.stage_at(run.step).config
+    recipe, config = run.recipe, config_at(run.recipe, run.step + (run.step < run.max_steps))
     where = f"{parallel.RANKS} x {run.device.type}" if parallel.RANKS > 1 else run.device
     precision = "bfloat16 autocast" if run.bf16 else "float32"
     count = sum(p.numel() for p in run.model.parameters())
@@ -196,11 +196,11 @@ def announce(run: Run) -> None:
     print(f"layers {config.pattern}: {' '.join(specs)}")
     for stage in recipe.stages():
         for length in stage.lengths:
-            kernels, d = "kernels sdpa for full layers", config.head_width
+            kernels, d = f"length {length:,}, kernels sdpa for full layers", config.head_width
             for window in {spec.window for spec in layer_plan(stage.config)} - {None}:
                 kernel = choose_backend(run.model.backend, window, length, run.device, head_width=d)
                 kernels += f", {kernel} for windows of {window}"
-            print(f"steps {stage.start}..{stage.end - 1}: length {length:,}, {kernels}")
+            print(f"steps {stage.start}..{stage.end - 1}: {stage.config.pattern}, {kernels}")
     epochs = recipe.steps * recipe.batch_tokens / train
     tokens = f"{recipe.steps} steps of {recipe.batch_tokens:,} tokens"
     warning = f"; WARNING: more than {EPOCHS_TO_WARN} teach by heart, a larger corpus is wanted"

@@ -210,7 +210,7 @@ def test_a_pattern_without_windows_begins_with_them(tmp_path):
     begins = phase("windowed = true\n") + PHASE + PHASE + "windowed = false\n"
     patterns = lambda *flags: [stage.config.pattern for stage in read_stages(*flags)]
     read_stages = lambda *flags: read(tmp_path, begins, flags).stages()
-    for pattern, first in (("R", "rrrR"), ("N", "rrrN"), ("RN", "rrrN"), ("RRRN", "rrrN")):
+    for pattern, first in (("R", "rrrR"), ("N", "nnnN"), ("RN", "rrrN"), ("RRRN", "rrrN")):
         assert patterns("--pattern", pattern) == [first, first, pattern]
     for pattern in ("rrrN", "Nrrr", "rN", "n"):
         assert patterns("--pattern", pattern) == [pattern] * 3
