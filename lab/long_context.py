@@ -48,7 +48,8 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
     yield f"{name}, extended{raised}", plan.extended(extended), {}
     if name == "rrrN":
         wide = plan.extended(extended).with_flags(window="256")
-        yield "rrrN, windows of 256 while extending", wide, {}
+        yield "rrrN, windows of 256 from then on", wide, {}
+        yield "rrrN, windows of 256 only while extending", wide, {"window": 64}
         yield "rrrN, Llama 4's scale at evaluation", plan, {"length_scale": "llama4"}
         yield "rrrN, SWAN's scale at evaluation", plan, {"length_scale": "swan"}
         ssmax = Plan("ssmax-laptop", plan.with_flags(pattern="").flags)
@@ -63,9 +64,11 @@ def rows_from(name: str, plan: Plan) -> Iterator[tuple[str, Plan, dict]]:
             yield f"R, extended with {scaling.upper()}", extended, {}
         converted = plan.extended("convert-laptop")
         yield "R converted to rrrN", converted, {}
-        yield "R converted in four times the steps", converted.stretched(4), {}
-        # At the recipe's own rates: its last phase sets one.
-        dropped = Plan("drope-laptop").stretched(runs.LONGER)
+        converted = converted.stretched(4)
+        yield "R converted, 600 steps", converted, {}
+        yield "R, as many steps more", converted.with_flags(pattern="R"), {}
+        # At the recipe's own rates, for its last phase sets one; 2,400 steps, of which 300 without.
+        dropped = Plan("drope-laptop").stretched(3)
         yield "R, dropped at the end (DroPE)", dropped, {}
         yield "R, dropped at the end, its scale", dropped, {"length_scale": "drope"}
 

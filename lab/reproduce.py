@@ -10,6 +10,7 @@ Writes results/reproduce-<scale>/report.md and retrieval.png (with --only: repor
 the records of lab/runs.py, so that a command that was cut off goes on.
 """
 
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from lab import runs, speed
 from lab.report import LEARNED, at_least, figure_of, length_axis, markdown, trained_length
 from lab.runs import HERE, TASKS, TIMES, Plan, found, has_learned
 from model import require
+from recipe import build
 
 RESULTS = HERE / "results"
 WORDS = tomllib.loads((Path(__file__).parent / "claims.toml").read_text(encoding="utf-8"))
@@ -116,14 +118,16 @@ class Lab:
         return np.array(values)
 
     def first_step(self, window: str) -> np.ndarray:
-        """The step of rrrN of that window, trained at one length alone, from whose evaluation on
-        LEARNED of the needles were found; all steps where that never was."""
+        """The step of rrrN of that window, trained at one length alone, at which LEARNED of its
+        needles were found twice in a row for the first time; all steps where they never were."""
         seeds = [{"seed": str(seed)} if seed > 1 else {} for seed in self.seeds]
         plans = [Plan(self.recipes["windows"]).with_flags(window=window, **seed) for seed in seeds]
         values = []
         for plan in plans:
             curve = self.run(plan)["curve"]
-            values.append(next((step for step, found in curve if found >= LEARNED), curve[-1][0]))
+            pairs = zip(curve, curve[1:])
+            twice = (step for (step, a), (_, b) in pairs if min(a, b) >= LEARNED)
+            values.append(next(twice, curve[-1][0]))
         return np.array(values)
 
     def learned(self, variant: str, task: str) -> np.ndarray:
@@ -168,15 +172,16 @@ costs_of = lambda **keys: (
 
 
 def cut(lab: Lab, label: str, task: str) -> np.ndarray:
-    """What R finds under a window at evaluation, or half of what it finds without."""
+    """What RRRN finds under windows at evaluation only, or half of what it finds without."""
     if label == "half of whole":
-        return short(lab, "R", task) / 2
-    return lab.needles(lab.base("R"), lab.trained, task, pattern="r", window=lab.window)
+        return short(lab, "RRRN", task) / 2
+    return given(lab, "evaluation only", 1)
 
 
 def given(lab: Lab, label: str, times: int) -> np.ndarray:
-    """What RRRN finds under windows at so many times the trained length: given at evaluation only,
-    or by a short training, or after the same training without them (control)."""
+    """What RRRN, trained without windows, finds of single needles under windows at so many times
+    the trained length: given at evaluation only, or by a short training, or after the same training
+    without them (control)."""
     plans, whole = lab.base("RRRN"), {"pattern": "rrrN", "window": lab.window}
     if label != "evaluation only":
         plans = [plan.extended(lab.recipes["convert"]) for plan in plans]
@@ -224,7 +229,7 @@ ABOUT = {  # of metrics about retrieval: label -> the variant that must have lea
     **dict.fromkeys(("extended", "farthest", "kept_share", "needle"), lambda name: name),
     **dict.fromkeys(("layers_needle", "theta_needles"), lambda label: "RN"),
     "deep_needles": DEEP.get,
-    "cut": lambda label: "R",
+    "cut": lambda label: "RRRN",
     **{f"given_{n}": lambda label: "RRRN" for n in (1, 4, 16)},
     "unextended": lambda name: name,
 }
@@ -298,8 +303,9 @@ def shown(values: Sequence[float]) -> str:
     return f"{mean:.3f}" + (f" ± {error:.3f}" if len(values) > 1 else "")
 
 
-def report(lab: Lab, results: dict[int, list[Part]], picture: str, some: bool) -> str:
-    """Markdown: the verdicts, every comparison, and the runs behind them."""
+def report(lab: Lab, results: dict[int, list[Part]], picture: str, only: str) -> str:
+    """Markdown: the verdicts, every comparison, and the runs behind them; `only`, the flag that
+    chose the claims."""
     verdicts, details = [], []
     for number, parts in results.items():
         claim, words = CLAIMS[number], [verdict(part) for part in parts]
@@ -316,17 +322,27 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str, some: bool) -
         lab=lab,
         n=len(lab.seeds),
         seeds=f"{len(lab.seeds)} seed" + "s" * (len(lab.seeds) > 1),
-        only=f" --only {' '.join(map(str, results))}" if some else "",
+        only=only,
         masses=4 * lab.trained,
         rule=WORDS["rule"],
+        windowed=begun(lab),
         picture=picture,
         verdicts=markdown(["", "claim", "paper", "verdict"], verdicts),
         details="\n\n".join(details),
-        about=WORDS["variants"].format(base=lab.recipes["base"]),
+        about=WORDS["variants"],
         variants=variants(lab),
         unlearned=unlearned(lab),
     )
     return page.replace("  |", " |").rstrip() + "\n"  # an empty cell is one space
+
+
+def begun(lab: Lab) -> str:
+    """How variants without windows began, where the recipe gives them some."""
+    base = lab.recipes["base"]
+    stages = build(Plan(base).toml).stages()
+    steps = sum(stage.end - stage.start for stage in stages if stage.windowed)
+    said = WORDS["windowed"].format(base=base, steps=steps, all=stages[-1].end)
+    return said if steps else ""
 
 
 def variants(lab: Lab) -> str:
@@ -348,18 +364,17 @@ def variants(lab: Lab) -> str:
 
 
 def unlearned(lab: Lab) -> str:
-    """A paragraph a variant that never learned: what its longest run found, by tokens of training,
-    at the trained length."""
+    """A paragraph a variant that never learned: what its longest run found while it trained."""
     said = []
     for name, chosen in lab.chosen.items():
         if not has_learned(lab.run(chosen)):
             made = lab.run(chosen.stretched(runs.LONGER * lab.stretch))
             curve, batch = made["curve"], made["recipe"]["batch_tokens"]
-            some = curve[:: -max(1, len(curve) // 6)][::-1]
+            some = curve[:: -math.ceil(len(curve) / 6)][::-1]
             points = ", ".join(
-                f"{found:.2f} after {step * batch / 1e6:.1f}M" for step, found in some
+                f"{exact:.2f} after {step * batch / 1e6:.1f}M" for step, exact in some
             )
-            said.append(f"{name} had not learned in its longest run: it found {points} tokens.")
+            said.append(WORDS["unlearned"].format(name=name, lab=lab, points=points).strip())
     return "\n\n".join(said)
 
 
@@ -410,7 +425,8 @@ def main(argv: list[str] | None = None) -> None:
     data = Plan(SCALES[args.scale]["base"]).toml.get("data")
     corpus = load_corpus(data) if data else default_corpus()
     lab = Lab(args.scale, corpus, list(range(1, args.seeds + 1)), args.rates)
-    suffix = "" if only == ready else "-" + "-".join(map(str, only))
+    some = [] if only == ready else list(map(str, only))
+    suffix, flag = "-".join(["", *some]), " ".join([" --only", *some] if some else [])
     folder, picture = RESULTS / f"reproduce-{args.scale}", f"retrieval{suffix}.png"
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -420,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{number}. {CLAIMS[number]['title']}: {word}", flush=True)
     plot(lab, folder / picture)
     out = folder / f"report{suffix}.md"
-    out.write_text(report(lab, results, picture, only != ready), encoding="utf-8")
+    out.write_text(report(lab, results, picture, flag), encoding="utf-8")
     print(f"written to {out}")
 
 

@@ -489,6 +489,14 @@ def test_trainings_start_and_go_on(corpus_folder, tmp_path, monkeypatch):
         runs.trained(runs.Plan("extend-laptop", (), base), corpus)
 
 
+def test_a_crowded_example_wants_room(corpus_folder):
+    corpus = load_corpus(corpus_folder)
+    maker = Needles(corpus.tokenizer, corpus.val, evaluation=True)
+    for length in (16, 48, 64, 96):
+        with pytest.raises(ValueError, match=f"{length} is too short"):
+            maker.task("crowded", np.random.default_rng(1), length)
+
+
 def test_records_are_made_once_and_make_a_page(
     corpus_folder, checkpoint, tmp_path, monkeypatch, capsys
 ):
@@ -498,6 +506,7 @@ def test_records_are_made_once_and_make_a_page(
     monkeypatch.setattr(runs, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(runs, "WORK", tmp_path / "work")
     monkeypatch.setattr(runs, "EXAMPLES", 2)
+    monkeypatch.setattr(runs, "MASS_EXAMPLES", 2)
     monkeypatch.setattr(runs, "trained", lambda plan, _: asked.append(plan) or folder)
     plan = runs.Plan("laptop")
     made = runs.record(plan, corpus)
@@ -516,6 +525,17 @@ def test_records_are_made_once_and_make_a_page(
 
     # the needle record says that too
     assert runs.record(plan, corpus, what="run") == made and len(asked) == 2
+
+    masses = runs.record(plan, corpus, what="attention")
+    assert [row["length"] for row in masses["masses"] if row["layers"] == "NoPE"] == [
+        512,
+        2048,
+        8192,
+    ]
+    assert all("logit_slope" not in row for row in masses["masses"] if row["layers"] == "RoPE")
+    assert [row["length"] for row in masses["start"]] == [512] * 3  # of weights before training
+    assert masses["start"][0]["logit_slope"] != masses["masses"][0]["logit_slope"]
+    assert json.loads(lines()[0], parse_constant=pytest.fail)  # no nan
 
     # rates differ at the trained length; RN learns only when trained three times as long
     def fake(plan, corpus, treatment=None, **_):

@@ -5,12 +5,14 @@ That recipes train is shown in test_train.py; here nothing is trained.
 
 import random
 import time
+from pathlib import Path
 
 import pytest
 
 import recipe as recipes
 from model import ModelConfig
 
+ROOT = Path(__file__).parent.parent
 MODEL = "batch_tokens = 512\n[model]\nwindow = 16\n"
 PHASE = "[[phase]]\nsteps = 1\nlengths = { 128 = 1 }\n"
 ENORMOUS = "1" + "0" * 400
@@ -218,10 +220,18 @@ def test_a_pattern_without_windows_begins_with_them(tmp_path):
     assert patterns("--pattern", "R", "--no-windowed") == ["R"] * 3
     assert patterns("--pattern", "R", "--windowed") == ["rrrR"] * 3
     assert read_stages("--pattern", "R")[0].config.window == 16
-    none = begins.replace("window = 16", "")
-    tables = lambda text: recipes.build(recipes.tomllib.loads(text), {"pattern": "R"} | no_window)
-    no_window = {"window": None}
-    check_refused(lambda: tables(none), "phase 1", "window")
+    tables = recipes.read_toml(tmp_path / "recipe.toml")
+    flags = {"pattern": "R", "window": None}
+    check_refused(lambda: recipes.build(tables, flags), "phase 1", "window")
+
+
+def test_recipes_that_continue_laptop_are_its_phases():
+    """As their comments say."""
+    phases = lambda name: recipes.read_toml(ROOT / "recipes" / f"{name}.toml")["phase"]
+    assert phases("drope-laptop")[:3] == phases("laptop")
+    for name in ("ssmax-laptop", "swan-laptop", "llama4-laptop"):  # patterns that have windows
+        mine = [{k: v for k, v in phase.items() if k != "windowed"} for phase in phases("laptop")]
+        assert phases(name) == mine
 
 
 # ------------------------------------------------------------------------------------------------

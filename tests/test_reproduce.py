@@ -299,14 +299,36 @@ def test_a_late_window_is_given_at_evaluation_or_by_a_training(monkeypatch, corp
         assert base in plan and plan.startswith(f"train.py recipes/{trains}") and treatment == given
 
 
+def test_an_evening_has_twice_the_steps(monkeypatch, corpus_folder):
+    """The rate by the recipe's own steps; losses after twice; a seed that has not learned by then
+    goes on to six times."""
+    record = lambda plan, *more, **what: (
+        made_up(plan, None, {}, "run")
+        | {
+            "val_loss": 4 - 0.1 * int(plan.flag("stretch", "1")) - (plan.rate == 0.003),
+            "table": [{"length": 512, "exact": 0.7 if late(plan) else 0.9}],
+        }
+    )
+    late = lambda plan: plan.flag("seed") == "3" and plan.flag("stretch") != "6"
+    monkeypatch.setattr(runs, "record", record)
+    lab = reproduce.Lab("evening", load_corpus(corpus_folder), [1, 2, 3])
+    flags = [dict(plan.flags) for plan in lab.base("R")]
+    assert [plan.get("stretch") for plan in flags] == ["2", "2", "6"]
+    assert {plan["lr"] for plan in flags} == {"0.003"}
+    assert lab.loss("R") == pytest.approx([2.8] * 3)
+    assert reproduce.begun(lab).split("**")[2].startswith(" For the first 450 of 700 steps")
+    assert reproduce.begun(reproduce.Lab("gpu", lab.corpus, [1])) == ""
+
+
 def test_the_step_from_which_a_window_finds(monkeypatch, corpus_folder):
-    curves = {"16": [[50, 0.2], [100, 0.8], [150, 0.9]], "64": [[50, 0.2], [100, 0.3]]}
+    once = [[50, 0.9], [100, 0.3], [150, 0.8]]  # is not twice in a row
+    curves = {"16": [[50, 0.2], [100, 0.8], [150, 0.9]], "64": once}
     monkeypatch.setattr(
         runs, "record", lambda plan, *more, **what: {"curve": curves[plan.flag("window")]}
     )
     lab = reproduce.Lab("laptop", load_corpus(corpus_folder), [1, 2])
     assert (
-        lab.first_step("16").tolist() == [100, 100] and lab.first_step("64").tolist() == [100] * 2
+        lab.first_step("16").tolist() == [100, 100] and lab.first_step("64").tolist() == [150] * 2
     )
 
 
@@ -327,13 +349,13 @@ def test_what_never_learned_is_said_by_tokens(monkeypatch, corpus_folder):
     monkeypatch.setattr(runs, "record", record)
     said = reproduce.unlearned(lab)
     assert said.startswith("N had not learned") and "\n" not in said and len(seen) == 3
-    assert said.endswith("0.09 after 41.0M, 0.11 after 49.2M tokens.")
+    assert said.endswith("0.09 after 41.0M, 0.11 after 49.2M tokens of training.")
 
 
 def test_every_part_names_what_there_is():
     """The parts of claims.toml name rules and metrics that exist, and all of these are used."""
     parts = [part for claim in CLAIMS.values() for part in claim["parts"]]
-    assert list(CLAIMS) == list(range(1, 18)) and len(parts) == 51
+    assert list(CLAIMS) == list(range(1, 19)) and len(parts) == 53
     says, rules, metrics, _ = zip(*(part[:4] for part in parts))
     assert set(rules) == set(reproduce.RULES) and set(metrics) == set(reproduce.METRICS)
     assert set(reproduce.ABOUT) <= set(metrics) and len(set(says)) > 30
@@ -482,7 +504,7 @@ def test_only_some_claims(corpus_folder, tmp_path, monkeypatch, capsys):
         "qk-norm" in plan or "--pattern N" in plan or "--seed" in plan for plan in plans
     )
     for argv, word in (
-        (["--only", "18"], "--only: invalid choice: 18"),
+        (["--only", "19"], "--only: invalid choice: 19"),
         (["--only", "14", "--scale", "gpu"], "--only 14: the scale gpu has no recipe"),
         (["--seeds", "0"], "--seeds 0"),
         (["--scale", "huge"], "'huge'"),
