@@ -264,9 +264,9 @@ def best(
     recipe: str, flags: tuple, corpus: Corpus, rates: Sequence[float] = RATES, stretch: int = 1
 ) -> tuple[Plan, dict]:
     """The run of a variant that all its tables speak of, and its record. The recipe's own steps
-    choose the rate, by exact match at the trained length where it is above CHANCE, then by loss;
-    then `stretch` times as many; where these have not learned the task, the better of these and of
-    LONGER times as many."""
+    choose the rate: the lowest loss of those that learned the task, else the most needles found if
+    that is above CHANCE, else the lowest loss; then `stretch` times as many; where these have not
+    learned the task, the better of these and of LONGER times as many."""
     plans = []
     for rate in rates:
         require(0 < rate < 1, f"--rates {rate:g} is not between 0 and 1")
@@ -275,8 +275,8 @@ def best(
     measured = lambda plan: record(plan, corpus, what="run")
 
     def quality(plan: Plan) -> tuple[float, float]:
-        exact = own_score(measured(plan))
-        return exact if exact >= CHANCE else 0.0, -measured(plan)["val_loss"]
+        exact = min(own_score(measured(plan)), LEARNED)
+        return exact if exact > CHANCE else 0.0, -measured(plan)["val_loss"]
 
     chosen = plans[0] if len(plans) == 1 else max(plans, key=quality)
     chosen = chosen.stretched(stretch)

@@ -489,6 +489,26 @@ def test_trainings_start_and_go_on(corpus_folder, tmp_path, monkeypatch):
         runs.trained(runs.Plan("extend-laptop", (), base), corpus)
 
 
+@pytest.mark.parametrize(
+    "exact,loss,rate",
+    [
+        ((0.99, 0.85, 0.4), (4.3, 4.1, 4.0), 0.006),  # the lowest loss of those that learned
+        ((0.6, 0.7, 0.3), (4.0, 4.1, 4.2), 0.006),  # none has learned: what was found
+        ((0.01, 0.02, 0.0), (4.3, 4.2, 4.1), 0.01),  # nothing was found: the loss
+    ],
+)
+def test_how_a_rate_is_chosen(monkeypatch, exact, loss, rate):
+    of = lambda values, plan: dict(zip(runs.RATES, values))[plan.rate]
+    record = lambda plan, *_, **what: {
+        "recipe": plan.toml,
+        "val_loss": of(loss, plan),
+        "table": [{"length": 512, "exact": of(exact, plan)}],
+    }
+    monkeypatch.setattr(runs, "record", record)
+    plan, made = runs.best("laptop", (), None)
+    assert plan.rate == rate and made == record(plan)
+
+
 def test_a_crowded_example_wants_room(corpus_folder):
     corpus = load_corpus(corpus_folder)
     maker = Needles(corpus.tokenizer, corpus.val, evaluation=True)
