@@ -7,7 +7,7 @@ from torch import Tensor
 
 from exercises.harness import answer, number, points
 
-# Exact of rrrN minus exact of R at 2,048 tokens. Seeds 1 to 3 of both: .80, .89, .91.
+# Exact of rrrN minus exact of R at 2,048 tokens. Seeds 1 to 3 of both: .73, .69, .70.
 BAND = (0.3, 1.0)
 
 
