@@ -384,7 +384,7 @@ def plot(lab: Lab, out: Path) -> None:
     if lab.second:
         stages.append(("extended", lab.extended, lab.extended_to, lab.second))
     options = {"sharex": True, "sharey": True, "squeeze": False}
-    figure, axes = figure_of(11, 0.4 + 3 * len(stages), len(stages), len(TASKS), **options)
+    figure, axes = figure_of(14, 0.4 + 3 * len(stages), len(stages), len(TASKS), **options)
     for row, (stage, plans_of, length, names) in zip(axes, stages):
         for axis, task in zip(row, TASKS):
             for i, name in enumerate(VARIANTS):
