@@ -120,7 +120,7 @@ def reported(made: list[tuple[str, dict]]) -> str:
 
 def plot(made: list[tuple[str, dict]], out: Path) -> None:
     """Exact match by length, a panel a task, a colour a base run, dashed what it extended to."""
-    figure, axes = figure_of(13, 4.6, 1, len(TASKS))
+    figure, axes = figure_of(18, 4.6, 1, len(TASKS))
     for axis, task in zip(axes, TASKS):
         for i, base in enumerate(BASES):
             is_base = lambda name, base=base: name.rstrip(" *") == base
