@@ -7,12 +7,13 @@ a verdict for each. lab/claims.toml says what each claim compares.
     python -m lab.reproduce --scale gpu          30M parameters on one GPU
 
 Writes results/reproduce-<scale>/report.md and retrieval.png (with --only: report-8.md, ...) from
-the records of lab/runs.py, so that a command that was cut off goes on.
+the records of lab/runs.py, so that a command that was cut off goes on; with --recorded from these
+alone.
 """
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -129,6 +130,15 @@ class Lab:
             twice = (step for (step, a), (_, b) in pairs if min(a, b) >= LEARNED)
             values.append(next(twice, curve[-1][0]))
         return np.array(values)
+
+    def whole(self, stage: Callable[[str], list[Plan]], variant: str) -> bool:
+        """Has every seed of a variant's stage been run, and of its first?"""
+        try:
+            self.loss(variant)
+            self.needles([*self.base(variant), *stage(variant)], self.trained, TASKS[0])
+            return True
+        except runs.NotRecorded:
+            return False
 
     def learned(self, variant: str, task: str) -> np.ndarray:
         """Does the run find LEARNED of a task's needles at the trained length?"""
@@ -290,6 +300,8 @@ def verdict(part: Part) -> str:
 
 def summary(verdicts: list[str]) -> str:
     """The verdict of a claim, from its parts'."""
+    if not verdicts:
+        return "not run"
     if len(set(verdicts)) == 1:
         return verdicts[0]
     words = ("reproduced", "reversed", "not decided")
@@ -315,7 +327,8 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str, only: str) ->
             measured = ", ".join(f"{label} {shown(of)}" for label, of in part.shown.items())
             rows.append([part.says, measured, shown(part.differences), word])
         details += [f"## {number}. {claim['title']}", f"Paper: {claim['paper']}."]
-        details.append(markdown(["comparison", "measured", "difference", "verdict"], rows))
+        head = ["comparison", "measured", "difference", "verdict"]
+        details.append(markdown(head, rows) if rows else "Not run yet at this scale.")
         if not {"reproduced", "not decided: one seed"}.issuperset(words):
             details.append(claim["otherwise"].strip())
     page = WORDS["page"].format(
@@ -413,9 +426,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--scale", choices=SCALES, default="laptop", help="(default: laptop)")
     add("--seeds", type=int, default=3, help="how many, from 1 on (default: 3)")
     add("--only", **several, metavar="CLAIM", help=f"numbers of claims: {titles}")
+    add("--recorded", action="store_true", help="train nothing: what no record says is not run")
     runs.add_rates(parser)
     args = parser.parse(argv)
     at_least(1, seeds=args.seeds)
+    runs.MAY_RUN = not args.recorded
     needs = lambda number: set(CLAIMS[number].get("needs", ()))
     ready = [number for number in CLAIMS if needs(number) <= set(SCALES[args.scale])]
     only = sorted(set(args.only or ready))
@@ -431,11 +446,17 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for number in only:
-        results[number] = parts_of(lab, number)
+        try:
+            results[number] = parts_of(lab, number)
+        except runs.NotRecorded:
+            results[number] = []
         word = summary([verdict(part) for part in results[number]])
         print(f"{number}. {CLAIMS[number]['title']}: {word}", flush=True)
+    lab.second = {name for name in lab.second if lab.whole(lab.extended, name)}
+    lab.chosen = {name: plan for name, plan in lab.chosen.items() if lab.whole(lab.base, name)}
     plot(lab, folder / picture)
     out = folder / f"report{suffix}.md"
+    flag += "" if all(results.values()) else " --recorded"
     out.write_text(report(lab, results, picture, flag), encoding="utf-8")
     print(f"written to {out}")
 

@@ -33,11 +33,16 @@ HERE = Path(__file__).resolve().parent.parent
 RECORDS = HERE / "results" / "runs.jsonl"
 WORK = HERE / "out" / ".lab"  # out/* names what train.py made for its user
 VERSION = 2  # 2: hidden needle lines weigh nothing as text
+MAY_RUN = True  # or else what no record says is NotRecorded
 TASKS = ("single", "multi-key", "crowded")
 TIMES = (1, 2, 4, 8, 16)  # the trained length
 EXAMPLES = 24  # of each task at each length, at any depth: a standard error of .1 at the most
 MASS_TIMES, MASS_EXAMPLES = (1, 4, 16), 16  # of attention mass
 RATES, LONGER, CHANCE = (0.003, 0.006, 0.01), 3, 0.15  # see `best`
+
+
+class NotRecorded(ValueError):
+    """A record that is not there, where nothing may run."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,8 @@ def kept(identity: list, make: Callable[[], dict]) -> dict:
     key = _hash(identity)
     if key in records():
         return records()[key]
+    if not MAY_RUN:
+        raise NotRecorded(f"no record says {identity}")
     with alone(key):
         if key not in records():  # nor has another process made it meanwhile
             line = json.dumps({"key": key, **make()}, separators=(",", ":"))

@@ -423,6 +423,7 @@ def test_an_interrupted_reproduction_continues_to_the_same_report(
     corpus_folder, tmp_path, monkeypatch, capsys
 ):
     corpus, made = load_corpus(corpus_folder), []
+    monkeypatch.setattr(runs, "MAY_RUN", True)  # which --recorded sets
 
     def once(stop_after):
         def measured(plan, corpus, treatment, what):
@@ -459,11 +460,18 @@ def test_an_interrupted_reproduction_continues_to_the_same_report(
                 with pytest.raises(SystemExit):
                     reproduce.main([])
                 assert "error: interrupted" in capsys.readouterr().err
+                reproduce.main(["--recorded"])  # what there is so far, and nothing is made
+                part = tmp_path / folder / "RESULTS" / "reproduce-laptop" / "report.md"
+                assert "| **not run** |" in part.read_text() and len(made) == 30
+                assert "--seeds 3 --recorded`" in part.read_text()
+                assert "Not run yet at this scale." in part.read_text()
         assert len(made) == len(set(made)), "something was made twice"
         assert not list((tmp_path / folder).glob("*.partial"))
         texts.append((tmp_path / folder / "RESULTS" / "reproduce-laptop" / "report.md").read_text())
         assert (tmp_path / folder / "RESULTS" / "reproduce-laptop" / "retrieval.png").exists()
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] and "not run" not in texts[0]
+    reproduce.main(["--recorded"])
+    assert part.read_text() == texts[0] and len(made) == len(set(made))
     rows = {
         int(n): text
         for n, text in re.findall(r"^\| (\d+) \| .* \| \*\*(.*)\*\* \|$", texts[0], re.M)
