@@ -85,7 +85,7 @@ class Lab:
         chosen, plans = self.choose(variant), []
         learns = has_learned(self.run(chosen))
         for seed in self.seeds:
-            plan = chosen.with_flags(seed=str(seed) if seed > 1 else "")
+            plan = chosen.seeded(seed)
             if learns and not has_learned(self.run(plan)):
                 plan = plan.stretched(runs.LONGER * self.stretch)
             plans.append(plan)
@@ -121,11 +121,9 @@ class Lab:
     def first_step(self, window: str) -> np.ndarray:
         """The step of rrrN of that window, trained at one length alone, at which LEARNED of its
         needles were found twice in a row for the first time; all steps where they never were."""
-        seeds = [{"seed": str(seed)} if seed > 1 else {} for seed in self.seeds]
-        plans = [Plan(self.recipes["windows"]).with_flags(window=window, **seed) for seed in seeds]
-        values = []
-        for plan in plans:
-            curve = self.run(plan)["curve"]
+        plan, values = Plan(self.recipes["windows"]).with_flags(window=window), []
+        for seed in self.seeds:
+            curve = self.run(plan.seeded(seed))["curve"]
             pairs = zip(curve, curve[1:])
             twice = (step for (step, a), (_, b) in pairs if min(a, b) >= LEARNED)
             values.append(next(twice, curve[-1][0]))
@@ -352,7 +350,7 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str, only: str) ->
 def begun(lab: Lab) -> str:
     """How variants without windows began, where the recipe gives them some."""
     base = lab.recipes["base"]
-    stages = build(Plan(base).toml).stages()
+    stages = build(Plan(base).toml | {"stretch": lab.stretch}).stages()
     steps = sum(stage.end - stage.start for stage in stages if stage.windowed)
     said = WORDS["windowed"].format(base=base, steps=steps, all=stages[-1].end)
     return said if steps else ""

@@ -35,7 +35,7 @@ WORK = HERE / "out" / ".lab"  # out/* names what train.py made for its user
 VERSION = 2  # 2: hidden needle lines weigh nothing as text
 MAY_RUN = True  # or else what no record says is NotRecorded
 TASKS = ("single", "multi-key", "crowded")
-TIMES = (1, 2, 4, 8, 16)  # the trained length
+TIMES = (1, 2, 4, 8, 16)  # of the trained length: where needles are asked for
 EXAMPLES = 24  # of each task at each length, at any depth: a standard error of .1 at the most
 MASS_TIMES, MASS_EXAMPLES = (1, 4, 16), 16  # of attention mass
 RATES, LONGER, CHANCE = (0.003, 0.006, 0.01), 3, 0.15  # see `best`
@@ -91,6 +91,10 @@ class Plan:
     def stretched(self, times: int) -> "Plan":
         """The same for so many times the recipe's steps."""
         return self.with_flags(stretch=str(times) if times > 1 else "")
+
+    def seeded(self, seed: int) -> "Plan":
+        """The same from another seed; 1 is the recipe's own."""
+        return self.with_flags(seed=str(seed) if seed > 1 else "")
 
     def extended(self, recipe: str) -> "Plan":
         """A short training by `recipe` from this run on; the record asks needles, it need not."""

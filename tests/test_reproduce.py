@@ -316,7 +316,7 @@ def test_an_evening_has_twice_the_steps(monkeypatch, corpus_folder):
     assert [plan.get("stretch") for plan in flags] == ["2", "2", "6"]
     assert {plan["lr"] for plan in flags} == {"0.003"}
     assert lab.loss("R") == pytest.approx([2.8] * 3)
-    assert reproduce.begun(lab).split("**")[2].startswith(" For the first 450 of 700 steps")
+    assert reproduce.begun(lab).split("**")[2].startswith(" For the first 900 of 1400 steps")
     assert reproduce.begun(reproduce.Lab("gpu", lab.corpus, [1])) == ""
 
 
