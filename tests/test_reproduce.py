@@ -246,6 +246,32 @@ def test_what_takes_more_tokens_than_there_were_is_not_testable(corpus_folder, m
     assert word(4) == "reversed"
 
 
+def test_a_loss_that_three_seeds_leave_open_takes_five(corpus_folder, monkeypatch):
+    """Claims 1 and 10 alone; not where three decide, where fewer were asked for, or where the
+    records of the fourth and fifth are not there."""
+    losses = {1: 4.0, 2: 4.1, 3: 4.2, 4: 4.1, 5: 4.1}
+    tried = []
+
+    def loss(lab, name):
+        tried.append(lab.seeds)
+        if len(lab.seeds) > len(losses):
+            raise runs.NotRecorded("no record")
+        worse = 0.03 if name == "rrrN" else 0.0  # than R, beyond the margin of .02
+        return np.array([4.1 if worse else losses[seed] for seed in lab.seeds]) + worse
+
+    monkeypatch.setattr(reproduce.Lab, "loss", loss)
+    corpus = load_corpus(corpus_folder)
+    lab = lambda n: reproduce.Lab("laptop", corpus, list(range(1, n + 1)))
+    seeds = lambda n, number=10: len(reproduce.parts_of(lab(n), number)[0].differences)
+    assert seeds(3) == 5 and seeds(2) == 2 and seeds(4) == 5
+    losses[2] = losses[3] = 4.0
+    assert seeds(3) == 3
+    losses[3] = 4.2
+    del losses[4], losses[5]
+    assert seeds(3) == 3 and tried[-1] == [1, 2, 3, 4, 5]
+    assert [n for n, claim in CLAIMS.items() if "seeds" in claim] == [1, 10]
+
+
 def test_margins_and_summaries():
     word = lambda differences: verdict(Part("", {}, differences))
     a, b = np.array([2.01, 2.0, 2.015]), np.array([2.0, 2.0, 2.0])  # losses
@@ -490,6 +516,19 @@ def test_an_interrupted_reproduction_continues_to_the_same_report(
     assert rows[2] == "2 of 6 reproduced, 2 of 6 reversed, 2 of 6 not decided"
     # N took three times the steps in every seed
     assert all(f"| {name} | " in texts[0] for name in VARIANTS) and "| 3 3 3 |" in texts[0]
+
+
+def test_the_committed_report_is_what_the_records_say(tmp_path, monkeypatch):
+    """To the byte, without a corpus: its hash is all that a record wants to know."""
+    committed = (reproduce.RESULTS / "reproduce-laptop" / "report.md").read_text(encoding="utf-8")
+    corpus = SimpleNamespace(hash=re.search(r"Corpus (\w+)\.", committed)[1])
+    monkeypatch.setattr(reproduce, "default_corpus", lambda: corpus)
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    monkeypatch.setattr(reproduce, "plot", lambda lab, out: None)
+    monkeypatch.setattr(runs, "MAY_RUN", False)
+    reproduce.main(["--recorded"])
+    written = (tmp_path / "reproduce-laptop" / "report.md").read_text(encoding="utf-8")
+    assert written == committed
 
 
 def test_only_some_claims(corpus_folder, tmp_path, monkeypatch, capsys):
