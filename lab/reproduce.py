@@ -104,7 +104,8 @@ class Lab:
 
     def loss(self, variant: str) -> np.ndarray:
         """Validation loss, nats per token, after the same steps for every variant."""
-        plans = [plan.stretched(self.stretch) for plan in self.base(variant)]
+        plan = self.choose(variant).stretched(self.stretch)
+        plans = [plan.seeded(seed) for seed in self.seeds]
         return np.array([self.run(plan)["val_loss"] for plan in plans])
 
     def needles(self, plans: list[Plan], length: int, task: str, **treatment) -> np.ndarray:
