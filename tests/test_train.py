@@ -1304,7 +1304,8 @@ def test_an_interrupt_ends_a_sample_with_a_line(run, tmp_path):
 def documented_commands():
     """(file, words) of every train.py line in the recipes' comments."""
     for path in sorted((ROOT / "recipes").glob("*.toml")):
-        for line in path.read_text().splitlines():
+        text = path.read_text().replace("\\\n#", "")  # a backslash goes on in the next line
+        for line in text.splitlines():
             if line.startswith("#     python train.py"):
                 yield pytest.param(
                     path, line.split()[3:], id=f"{path.stem}: {' '.join(line.split()[3:])}"
