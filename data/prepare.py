@@ -301,6 +301,34 @@ def unfinished(out: Path, wait: float = -1) -> Iterator[Path]:
                     above.rmdir()
 
 
+def write_corpus(
+    folder: Path, tokenizer: Tokenizer, source: str, train: list[str], val: list[str]
+) -> dict:
+    """Write a corpus's files into an empty folder and return its meta."""
+    tokenizer.save(folder)
+    meta = {
+        "format": FORMAT,
+        "source": source,
+        "dtype": dtype_for(tokenizer.n_vocab),
+        "n_vocab": tokenizer.n_vocab,
+        "tokenizer": tokenizer.hash,
+        "python": platform.python_version(),
+        "train": write_split(folder / "train.bin", tokenizer, train),
+        "val": write_split(folder / "val.bin", tokenizer, val),
+    }
+    write_json(folder / "meta.json", meta)
+    return meta
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what killed preparations left in this folder; those that go on are let be."""
+    for lock in parent.glob(".*.lock"):
+        other = lock.with_name(lock.name[1:].removesuffix(".lock"))
+        if other.with_name(f".{other.name}.unfinished").is_dir():
+            with suppress(ValueError, OSError), unfinished(other, wait=0):
+                pass  # whoever can enter can remove it
+
+
 def prepare(
     documents: Documents,
     out: Path | str,
@@ -320,28 +348,13 @@ def prepare(
         raise ValueError(f"there is no text to train on in {source}; give files that hold some")
     for name, text in documents:
         check_runs(text, name)
-    for lock in place.parent.glob(".*.lock"):  # of preparations that were killed, or go on
-        other = lock.with_name(lock.name[1:].removesuffix(".lock"))
-        if other.with_name(f".{other.name}.unfinished").is_dir():
-            with suppress(ValueError, OSError), unfinished(other, wait=0):
-                pass  # whoever can enter can remove it
+    remove_unfinished(place.parent)
     try:
         with unfinished(place) as folder:
             if tokenizer is None:
                 texts = tqdm(train, desc="learn the vocabulary", unit="documents", **QUIET)
                 tokenizer = train_tokenizer(texts, vocab_size)
-            tokenizer.save(folder)
-            meta = {
-                "format": FORMAT,
-                "source": source,
-                "dtype": dtype_for(tokenizer.n_vocab),
-                "n_vocab": tokenizer.n_vocab,
-                "tokenizer": tokenizer.hash,
-                "python": platform.python_version(),
-                "train": write_split(folder / "train.bin", tokenizer, train),
-                "val": write_split(folder / "val.bin", tokenizer, val),
-            }
-            write_json(folder / "meta.json", meta)
+            meta = write_corpus(folder, tokenizer, source, train, val)
             first = not (out / "meta.json").exists()  # no other process was faster
             if first:
                 from checkpoint import sync  # and torch: an import that --help need not wait for

@@ -450,77 +450,70 @@ def made_up(plan, corpus, treatment, what):
     }
 
 
-def test_an_interrupted_reproduction_continues_to_the_same_report(
-    corpus_folder, tmp_path, monkeypatch, capsys
-):
-    corpus, made = load_corpus(corpus_folder), []
-    monkeypatch.setattr(runs, "MAY_RUN", True)  # which --recorded sets
+@pytest.fixture
+def making(corpus_folder, tmp_path, monkeypatch):
+    """What was measured so far, a list: records are made up, in a folder of their own, and after
+    making[0] of them (None: never) the command is interrupted."""
+    corpus, made = load_corpus(corpus_folder), [None]
 
-    def once(stop_after):
-        def measured(plan, corpus, treatment, what):
-            if len(made) == stop_after:
-                raise KeyboardInterrupt
-            made.append((str(plan), str(treatment), what))
-            return made_up(plan, corpus, treatment, what)
+    def measured(plan, corpus, treatment, what):
+        if len(made) - 1 == made[0]:
+            raise KeyboardInterrupt
+        made.append((str(plan), str(treatment), what))
+        return made_up(plan, corpus, treatment, what)
 
-        monkeypatch.setattr(runs, "_measured", measured)
-
+    cost = {"cache": 0.26, "cache_promised": 0.256, "flops": 0.45}
+    monkeypatch.setattr(reproduce, "costs", lambda repeat: cost | {"step": 0.5 + 0.01 * repeat})
     monkeypatch.setattr(reproduce, "default_corpus", lambda: corpus)
-    monkeypatch.setattr(
-        reproduce,
-        "costs",
-        lambda repeat: {
-            "cache": 0.26,
-            "cache_promised": 0.256,
-            "step": 0.5 + 0.01 * repeat,
-            "flops": 0.45,
-        },
-    )
-    texts = []
-    for folder, stops in (("whole", [None]), ("cut", [30, None])):
-        made.clear()
-        for name in ("RESULTS", "RECORDS", "WORK"):
-            monkeypatch.setattr(
-                reproduce if name == "RESULTS" else runs, name, tmp_path / folder / name
-            )
-        for stop in stops:
-            once(stop)
-            if stop is None:
-                reproduce.main([])
-            else:
-                with pytest.raises(SystemExit):
-                    reproduce.main([])
-                assert "error: interrupted" in capsys.readouterr().err
-                reproduce.main(["--recorded"])  # what there is so far, and nothing is made
-                part = tmp_path / folder / "RESULTS" / "reproduce-laptop" / "report.md"
-                assert "| **not run** |" in part.read_text() and len(made) == 30
-                assert "--seeds 3 --recorded`" in part.read_text()
-                assert "Not run yet at this scale." in part.read_text()
-        assert len(made) == len(set(made)), "something was made twice"
-        assert not list((tmp_path / folder).glob("*.partial"))
-        texts.append((tmp_path / folder / "RESULTS" / "reproduce-laptop" / "report.md").read_text())
-        assert (tmp_path / folder / "RESULTS" / "reproduce-laptop" / "retrieval.png").exists()
-    assert texts[0] == texts[1] and "not run" not in texts[0]
-    reproduce.main(["--recorded"])
-    assert part.read_text() == texts[0] and len(made) == len(set(made))
-    rows = {
-        int(n): text
-        for n, text in re.findall(r"^\| (\d+) \| .* \| \*\*(.*)\*\* \|$", texts[0], re.M)
-    }
-    assert set(rows) == set(CLAIMS)
-    assert [rows[n] for n in (1, 4, 6, 8, 11, 12, 13)] == [
-        "reproduced",
-        "not testable at this scale: 3,481,600 tokens, and 1,000,000,000 are wanted",
-        "not decided",
-        "reproduced",
-        "reproduced",
-        "reproduced",
-        "reproduced",
-    ]
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    monkeypatch.setattr(runs, "RECORDS", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(runs, "WORK", tmp_path / "work")
+    monkeypatch.setattr(runs, "MAY_RUN", True)  # which --recorded sets
+    monkeypatch.setattr(runs, "_measured", measured)
+    return made
+
+
+def test_every_claim_has_its_verdict(making, tmp_path):
+    reproduce.main([])
+    text = (tmp_path / "reproduce-laptop" / "report.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| .* \| \*\*(.*)\*\* \|$", text, re.M)
+    verdicts = {int(number): verdict for number, verdict in rows}
+    assert set(verdicts) == set(CLAIMS) and "not run" not in text
+    wanted = dict.fromkeys((1, 8, 11, 12, 13), "reproduced")
+    wanted[4] = "not testable at this scale: 3,481,600 tokens, and 1,000,000,000 are wanted"
+    wanted[6] = "not decided"
     # as made up, QK-Norm finds what R finds, and N less
-    assert rows[2] == "2 of 6 reproduced, 2 of 6 reversed, 2 of 6 not decided"
+    wanted[2] = "2 of 6 reproduced, 2 of 6 reversed, 2 of 6 not decided"
+    assert {number: verdicts[number] for number in wanted} == wanted
     # N took three times the steps in every seed
-    assert all(f"| {name} | " in texts[0] for name in VARIANTS) and "| 3 3 3 |" in texts[0]
+    assert all(f"| {name} | " in text for name in VARIANTS) and "| 3 3 3 |" in text
+
+
+def test_an_interrupted_reproduction_continues_to_the_same_report(making, tmp_path, capsys):
+    folder = tmp_path / "reproduce-laptop"
+    making[0] = 30
+    with pytest.raises(SystemExit):
+        reproduce.main([])
+    assert "error: interrupted" in capsys.readouterr().err
+    reproduce.main(["--recorded"])  # what there is so far, and nothing is made
+    part = (folder / "report.md").read_text()
+    assert "| **not run** |" in part and "Not run yet at this scale." in part
+    assert "--seeds 3 --recorded`" in part and len(making) == 31
+    making[0] = None
+    runs.MAY_RUN = True
+    reproduce.main([])
+    continued = (folder / "report.md").read_text()
+    assert len(making) == len(set(making)), "something was made twice"
+    assert not list(tmp_path.glob("*.partial"))
+
+    (tmp_path / "runs.jsonl").unlink()
+    (folder / "report.md").unlink()
+    (folder / "retrieval.png").unlink()
+    reproduce.main([])
+    assert (folder / "report.md").read_text() == continued
+    assert (folder / "retrieval.png").exists()
+    reproduce.main(["--recorded"])
+    assert (folder / "report.md").read_text() == continued
 
 
 def test_the_committed_report_is_what_the_records_say(tmp_path, monkeypatch):
