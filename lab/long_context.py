@@ -30,8 +30,10 @@ def rows(corpus: Corpus, names: list[str], rates: list[float]) -> Iterator[tuple
     for name in names:
         (_, recipe), *flags = BASES[name].items()
         plan, made = best(recipe, tuple(flags), corpus, rates)
-        star = "" if has_learned(made) else " *"
         for row, plan_of, treatment in rows_from(name, plan):
+            if plan_of.init is None:  # from scratch, if not the base run itself
+                made = record(plan_of, corpus, what="run")
+            star = "" if has_learned(made) else " *"
             yield row + star, record(plan_of, corpus, treatment)
 
 

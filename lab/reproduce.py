@@ -51,7 +51,8 @@ class Lab:
     seeds: list[int]
     rates: Sequence[float] = runs.RATES
     chosen: dict[str, Plan] = field(default_factory=dict)  # see `choose`
-    second: set[str] = field(default_factory=set)  # variants whose second stage was asked for
+    first: set[str] = field(default_factory=set)  # variants with all that tables and picture show
+    second: set[str] = field(default_factory=set)  # those whose second stage was asked for
 
     def __post_init__(self):
         self.recipes = SCALES[self.scale]
@@ -81,32 +82,41 @@ class Lab:
             self.chosen[variant] = plan if has_learned(made) else plan.stretched(self.stretch)
         return self.chosen[variant]
 
-    def base(self, variant: str) -> list[Plan]:
-        """The variant's first stage, a run for each seed: seed 1's flags, and three times the steps
-        where these were enough for seed 1 and are not for this one."""
-        chosen, plans = self.choose(variant), []
-        learns = has_learned(self.run(chosen))
-        for seed in self.seeds:
-            plan = chosen.seeded(seed)
-            if learns and not has_learned(self.run(plan)):
-                plan = plan.stretched(runs.LONGER * self.stretch)
-            plans.append(plan)
-        return plans
+    def same_steps(self, variant: str) -> list[Plan]:
+        """The variant's runs of as many steps as every other's, one for each seed: what losses
+        compare."""
+        plan = self.choose(variant).stretched(self.stretch)
+        return [plan.seeded(seed) for seed in self.seeds]
 
-    def extended(self, variant: str, raised: bool | None = None) -> list[Plan]:
+    def base(self, variant: str) -> list[Plan]:
+        """Its first stage, what needles compare: of three times the steps where a seed did not
+        learn in these; but not where seed 1 never did."""
+        learns = has_learned(self.run(self.choose(variant)))
+        longer = lambda plan: learns and not has_learned(self.run(plan))
+        times = runs.LONGER * self.stretch
+        plans = self.same_steps(variant)
+        return [plan.stretched(times) if longer(plan) else plan for plan in plans]
+
+    def extended(
+        self, variant: str, raised: bool | None = None, of: list[Plan] | None = None
+    ) -> list[Plan]:
         """Its second stage: theta raised for RoPE models, untouched for others, or as is said."""
         self.second.add(variant)
         raised = variant in ("R", "QK-Norm") if raised is None else raised
         recipe = self.recipes["raised" if raised else "extend"]
-        return [plan.extended(recipe) for plan in self.base(variant)]
+        return [plan.extended(recipe) for plan in of or self.base(variant)]
 
     # Each of these returns an array, a value for each seed.
 
-    def loss(self, variant: str) -> np.ndarray:
+    def loss(self, variant: str, extended: bool = False) -> np.ndarray:
         """Validation loss, nats per token, after the same steps for every variant."""
-        plan = self.choose(variant).stretched(self.stretch)
-        plans = [plan.seeded(seed) for seed in self.seeds]
+        plans = self.same_steps(variant)
+        plans = self.extended(variant, of=plans) if extended else plans
         return np.array([self.run(plan)["val_loss"] for plan in plans])
+
+    def retrieves(self, variant: str) -> np.ndarray:
+        """Had the runs of these losses learned to retrieve?"""
+        return np.array([has_learned(self.run(plan)) for plan in self.same_steps(variant)])
 
     def needles(self, plans: list[Plan], length: int, task: str, **treatment) -> np.ndarray:
         """Exact match of a task at a length."""
@@ -132,14 +142,21 @@ class Lab:
             values.append(next(twice, curve[-1][0]))
         return np.array(values)
 
-    def whole(self, stage: Callable[[str], list[Plan]], variant: str) -> bool:
-        """Has every seed of a variant's stage been run, and of its first?"""
-        try:
-            self.loss(variant)
-            self.needles([*self.base(variant), *stage(variant)], self.trained, TASKS[0])
-            return True
-        except runs.NotRecorded:
+    def drop_unfinished(self) -> None:
+        """Keep for tables and picture the variants of which every seed is recorded."""
+
+        def whole(make: Callable[[], object]) -> bool:
+            with suppress(runs.NotRecorded):
+                make()
+                return True
             return False
+
+        needles = lambda stage, name: lambda: self.needles(stage(name), self.trained, TASKS[0])
+        losses = lambda name: lambda: self.loss(name)
+        self.chosen = {name: plan for name, plan in self.chosen.items() if whole(losses(name))}
+        self.first = {name for name in self.chosen if whole(needles(self.base, name))}
+        second = self.second & self.first
+        self.second = {name for name in second if whole(needles(self.extended, name))}
 
     def learned(self, variant: str, task: str) -> np.ndarray:
         """Does the run find LEARNED of a task's needles at the trained length?"""
@@ -174,6 +191,7 @@ def costs(repeat: int) -> dict:
 
 short = lambda lab, name, task: lab.needles(lab.base(name), lab.trained, task)
 long = lambda lab, name, task: lab.needles(lab.base(name), lab.longest, task)
+kept = lambda at_longest, at_trained: at_longest / at_trained.clip(1e-9)
 entropy = lambda lab, name, task: lab.mass(lab.extended(name), "entropy_share")
 layers = lambda lab, key, kind: lab.mass(lab.extended("RN"), key, kind.split()[0])
 theta = lambda lab, label: lab.extended("RN", raised=label == "raised")
@@ -212,9 +230,13 @@ def slope(lab: Lab, label: str, task: str) -> np.ndarray:
 
 METRICS = {
     "loss": lambda lab, name, task: lab.loss(name),
+    "extended_loss": lambda lab, name, task: lab.loss(name, extended=True),
     "extended": lambda lab, name, task: lab.needles(lab.extended(name), lab.extended_to, task),
     "farthest": lambda lab, name, task: lab.needles(lab.extended(name), lab.longest, task),
-    "kept_share": lambda lab, *what: long(lab, *what) / short(lab, *what).clip(1e-9),
+    "kept_share": lambda lab, *what: kept(long(lab, *what), short(lab, *what)),
+    "kept_extended": lambda lab, name, task: kept(
+        *(lab.needles(lab.extended(name), length, task) for length in (lab.longest, lab.trained))
+    ),
     "begin": lambda lab, name, task: lab.mass(lab.extended(name), "begin"),
     "needle": lambda lab, name, task: lab.mass(lab.extended(name), "needle"),
     "entropy": entropy,
@@ -237,12 +259,16 @@ METRICS = {
     ),
 }
 ABOUT = {  # of metrics about retrieval: label -> the variant that must have learned the task
-    **dict.fromkeys(("extended", "farthest", "kept_share", "needle"), lambda name: name),
+    **dict.fromkeys(("extended", "farthest", "kept_share", "kept_extended"), lambda name: name),
     **dict.fromkeys(("layers_needle", "theta_needles"), lambda label: "RN"),
     "deep_needles": DEEP.get,
     "cut": lambda label: "RRRN",
     **{f"given_{n}": lambda label: "RRRN" for n in (1, 4, 16)},
-    "unextended": lambda name: name,
+    **dict.fromkeys(("unextended", "needle"), lambda name: name),
+}
+LOSSES = {  # of losses: label -> the variant that must have learned, where it is the lower one
+    **dict.fromkeys(("loss", "extended_loss"), lambda name: name),
+    "deep_loss": DEEP.get,
 }
 RULES = {  # differences that are positive where the claim holds, from the values of each label
     "more": lambda a, b: a - b,
@@ -254,6 +280,7 @@ RULES = {  # differences that are positive where the claim holds, from the value
     "as_promised": lambda measured, promised: 0.01 - abs(measured - promised),
     "near_flops": lambda measured, flops: 1.25 * flops - measured,
 }
+BOUNDS = ("near_two", "as_promised", "near_flops")  # rules that name no order to reverse
 
 
 class Part(NamedTuple):
@@ -264,6 +291,7 @@ class Part(NamedTuple):
     differences: np.ndarray
     learned: dict[str, np.ndarray] = {}  # by variant that it is about
     tokens: tuple[int, int] = (0, 0)  # of training: as many as there were, and as it takes
+    opposite: str = "reversed"
 
 
 def parts_of(lab: Lab, number: int) -> list[Part]:
@@ -284,8 +312,11 @@ def compare(lab: Lab, says: str, rule: str, metric: str, of: list[str], task="si
     shown = {label: METRICS[metric](lab, label, task) for label in of}
     variants = map(ABOUT[metric], of) if metric in ABOUT else ()
     learned = {name: lab.learned(name, task) for name in variants}
-    said = says.format(lab=lab, learned=LEARNED)
-    return Part(said, shown, RULES[rule](*shown.values()), learned)
+    if metric in LOSSES:
+        lower = LOSSES[metric](min(of, key=lambda label: shown[label].mean()))
+        learned = {lower: lab.retrieves(lower)}
+    part = Part(says.format(lab=lab, learned=LEARNED), shown, RULES[rule](*shown.values()), learned)
+    return part._replace(opposite="outside") if rule in BOUNDS else part
 
 
 def verdict(part: Part) -> str:
@@ -293,13 +324,18 @@ def verdict(part: Part) -> str:
     seen, wanted = part.tokens
     if seen < wanted:
         return f"not testable at this scale: {seen:,} tokens, and {wanted:,} are wanted"
-    unlearned = [name for name, seeds in part.learned.items() if not all(seeds)]
+    unlearned = []
+    for name, learned in part.learned.items():
+        seeds = [str(seed) for seed, has in enumerate(learned, 1) if not has]
+        if seeds:
+            some = len(seeds) < len(learned)
+            unlearned.append(name + (f" (seed {', '.join(seeds)})" if some else ""))
     if unlearned:
         return f"not decided: {', '.join(unlearned)} had not learned"
     if len(part.differences) < 2:
         return "not decided: one seed"
     mean, error = mean_and_error(part.differences)
-    for word, sign in (("reproduced", 1), ("reversed", -1)):
+    for word, sign in (("reproduced", 1), (part.opposite, -1)):
         if all(sign * d > 0 for d in part.differences) and sign * mean > 2 * error:
             return word
     return "not decided"
@@ -311,7 +347,7 @@ def summary(verdicts: list[str]) -> str:
         return "not run"
     if len(set(verdicts)) == 1:
         return verdicts[0]
-    words = ("reproduced", "reversed", "not decided")
+    words = ("reproduced", "reversed", "outside", "not decided")
     counts = {word: sum(v.startswith(word) for v in verdicts) for word in words}
     return ", ".join(f"{n} of {len(verdicts)} {word}" for word, n in counts.items() if n)
 
@@ -336,10 +372,12 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str, only: str) ->
             word += f" ({seeds} seeds)" if seeds > len(lab.seeds) else ""
             rows.append([part.says, measured, shown(part.differences), word])
         details += [f"## {number}. {claim['title']}", f"Paper: {claim['paper']}."]
-        head = ["comparison", "measured", "difference", "verdict"]
+        head = ["comparison", "measured", "for the claim", "verdict"]
         details.append(markdown(head, rows) if rows else "Not run yet at this scale.")
+        about = [claim.get("note", "").format(lab=lab)]
         if not {"reproduced", "not decided: one seed"}.issuperset(words):
-            details.append(claim["otherwise"].strip())
+            about.append(claim.get("otherwise", ""))
+        details += [" ".join(text.strip() for text in about if text)] if any(about) else []
     page = WORDS["page"].format(
         lab=lab,
         n=len(lab.seeds),
@@ -348,7 +386,7 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str, only: str) ->
         masses=4 * lab.trained,
         rule=WORDS["rule"],
         windowed=begun(lab),
-        picture=picture,
+        picture=WORDS["picture"].format(picture=picture) if lab.first else "",
         verdicts=markdown(["", "claim", "paper", "verdict"], verdicts),
         details="\n\n".join(details),
         about=WORDS["variants"],
@@ -368,16 +406,21 @@ def begun(lab: Lab) -> str:
 
 
 def variants(lab: Lab) -> str:
-    """A row a variant and stage: its run, its own table, its loss, and its needles by length."""
+    """A row a variant and stage: its run, its own table, its loss, and its needles by length, where
+    all of these are recorded."""
     head = ["variant", "rate", "stretch", "own table at the trained length", "nats per token"]
     rows = []
     for name, chosen in lab.chosen.items():
-        stages = {name: lab.base(name)}
+        plans = lab.base(name) if name in lab.first else lab.same_steps(name)
+        own = " ".join(f"{runs.own_score(lab.run(plan)):.2f}" for plan in plans)
+        stretch = " ".join(plan.flag("stretch", "1") for plan in plans)
+        cells = [str(chosen.rate), stretch, own, shown(lab.loss(name))]
+        if name not in lab.first:
+            rows.append([name, *cells, *[""] * len(lab.lengths)])
+            continue
+        stages = {name: plans}
         if name in lab.second:
             stages[f"{name}, extended"] = lab.extended(name)
-        own = " ".join(f"{runs.own_score(lab.run(plan)):.2f}" for plan in stages[name])
-        stretch = " ".join(plan.flag("stretch", "1") for plan in stages[name])
-        cells = [str(chosen.rate), stretch, own, shown(lab.loss(name))]
         for stage, plans in stages.items():
             tasks = [[shown(lab.needles(plans, n, task)) for task in TASKS] for n in lab.lengths]
             rows.append([stage, *cells, *map(" / ".join, tasks)])
@@ -389,7 +432,7 @@ def unlearned(lab: Lab) -> str:
     """A paragraph a variant that never learned: what its longest run found while it trained."""
     said = []
     for name, chosen in lab.chosen.items():
-        if not has_learned(lab.run(chosen)):
+        if name in lab.first and not has_learned(lab.run(chosen)):
             made = lab.run(chosen.stretched(runs.LONGER * lab.stretch))
             curve, batch = made["curve"], made["recipe"]["batch_tokens"]
             some = curve[:: -math.ceil(len(curve) / 6)][::-1]
@@ -402,7 +445,7 @@ def unlearned(lab: Lab) -> str:
 
 def plot(lab: Lab, out: Path) -> None:
     """Needles against length, mean and error over seeds: a row a stage, a column a task."""
-    stages = [("trained", lab.base, lab.trained, lab.chosen)]
+    stages = [("trained", lab.base, lab.trained, lab.first)]
     if lab.second:
         stages.append(("extended", lab.extended, lab.extended_to, lab.second))
     options = {"sharex": True, "sharey": True, "squeeze": False}
@@ -461,10 +504,13 @@ def main(argv: list[str] | None = None) -> None:
             results[number] = []
         word = summary([verdict(part) for part in results[number]])
         print(f"{number}. {CLAIMS[number]['title']}: {word}", flush=True)
-    lab.second = {name for name in lab.second if lab.whole(lab.extended, name)}
-    lab.chosen = {name: plan for name, plan in lab.chosen.items() if lab.whole(lab.base, name)}
-    plot(lab, folder / picture)
+    runs.MAY_RUN = False  # tables and picture show what there is
+    lab.drop_unfinished()
+    if lab.first:
+        plot(lab, folder / picture)
     out = folder / f"report{suffix}.md"
+    if args.rates != list(runs.RATES):
+        flag += " --rates " + " ".join(map(str, args.rates))
     flag += "" if all(results.values()) else " --recorded"
     out.write_text(report(lab, results, picture, flag), encoding="utf-8")
     print(f"written to {out}")

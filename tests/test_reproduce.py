@@ -3,6 +3,7 @@ attention, the rule, and going on after a cut."""
 
 import math
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -219,13 +220,27 @@ def test_the_command_writes_what_it_prints(corpus_folder, tmp_path, capsys, need
         (
             [0.3, 0.2, 0.25],
             {"R": [True, True, True], "N": [True, False, True]},
-            "not decided: N had not learned",
+            "not decided: N (seed 2) had not learned",
+        ),
+        (
+            [0.3, 0.2, 0.25],
+            {"R": [False, True, False], "N": [False, False, False]},
+            "not decided: R (seed 1, 3), N had not learned",
         ),
         ([-0.3, -0.2, -0.25], {"R": [True, True, True]}, "reversed"),
     ],
 )
 def test_the_rule(differences, learned, word):
     assert verdict(Part("", {}, differences, learned)) == word
+
+
+def test_chance_reproduces_one_comparison_in_eleven():
+    """What the rule says of itself, of three seeds: 8,000 draws have a standard error of .003."""
+    draws = np.random.default_rng(0).normal(size=(8000, 3))
+    words = Counter(verdict(Part("", {}, differences)) for differences in draws)
+    for word in ("reproduced", "reversed"):
+        assert abs(words[word] / len(draws) - 1 / 11) < 0.01
+    assert "one comparison in eleven" in reproduce.WORDS["rule"]
 
 
 def test_what_takes_more_tokens_than_there_were_is_not_testable(corpus_folder, monkeypatch):
@@ -277,7 +292,7 @@ def test_what_three_seeds_leave_open_takes_five(corpus_folder, monkeypatch):
     assert seeds(3) == [3, 3] and set(tried) == {3}
 
 
-def test_margins_and_summaries():
+def test_margins_and_summaries(monkeypatch):
     word = lambda differences: verdict(Part("", {}, differences))
     a, b = np.array([2.01, 2.0, 2.015]), np.array([2.0, 2.0, 2.0])  # losses
     rule = reproduce.RULES
@@ -290,11 +305,16 @@ def test_margins_and_summaries():
     assert summary(["reproduced"] * 2) == "reproduced"
     mixed = ["reproduced", "not decided: R had not learned"]
     assert summary(mixed) == "1 of 2 reproduced, 1 of 2 not decided"
+    below, above = np.array([1.31, 1.36, 1.28]), np.array([2.6, 2.7, 2.6])  # of about two
+    for ratio in (below, above):
+        monkeypatch.setitem(reproduce.METRICS, "flat", lambda *_, ratio=ratio: ratio)
+        part = reproduce.compare(None, "", "near_two", "flat", ["ratio"])
+        assert summary([verdict(part)]) == "outside"
 
 
 def test_what_a_claim_is_about_must_have_learned(monkeypatch):
     """A metric about retrieval names its variants by label; one that is not has none."""
-    lab = SimpleNamespace(learned=lambda name, task: np.array([name != "N", True]), longest=8192)
+    lab = SimpleNamespace(learned=lambda name, task: np.array([name != "N"] * 2), longest=8192)
     flat = lambda lab, label, task: np.array([0.9, 0.8]) if label == "R" else np.array([0.1, 0.1])
     monkeypatch.setitem(reproduce.METRICS, "flat", flat)
     row = ("{lab.longest:,}: R > N", "more", "flat", ["R", "N"], "multi-key")
@@ -303,6 +323,23 @@ def test_what_a_claim_is_about_must_have_learned(monkeypatch):
     assert verdict(part) == "reproduced"
     monkeypatch.setitem(reproduce.ABOUT, "flat", lambda name: name)
     assert verdict(reproduce.compare(lab, *row)) == "not decided: N had not learned"
+
+
+def test_a_loss_counts_where_the_lower_one_learned():
+    """A run that does not retrieve has more left for the text: that it is the better one shows
+    nothing; that it is the worse one all the same does."""
+    losses = {"R": 4.0, "N": 4.2, "3:1": 4.1, "rrrN x8": 4.1, "rrrrrrrN x8": 4.3}
+    lab = SimpleNamespace(
+        loss=lambda name: losses[name] + np.array([0.01, 0.0]),
+        retrieves=lambda name: np.array([name in learned] * 2),
+    )
+    word = lambda *of: verdict(reproduce.compare(lab, "", "less", *of))
+    learned = {"R", "rrrN x8"}
+    assert word("loss", ["R", "N"]) == word("deep_loss", ["3:1", "7:1"]) == "reproduced"
+    assert word("loss", ["N", "R"]) == "reversed"
+    learned = {"N", "rrrrrrrN x8"}
+    assert word("loss", ["R", "N"]) == "not decided: R had not learned"
+    assert word("deep_loss", ["3:1", "7:1"]) == "not decided: rrrN x8 had not learned"
 
 
 def test_a_late_window_is_given_at_evaluation_or_by_a_training(monkeypatch, corpus_folder):
@@ -365,7 +402,7 @@ def test_the_step_from_which_a_window_finds(monkeypatch, corpus_folder):
 
 def test_what_never_learned_is_said_by_tokens(monkeypatch, corpus_folder):
     """Of its longest run; nothing is trained for those that learned."""
-    lab = reproduce.Lab("evening", load_corpus(corpus_folder), [1])
+    lab = reproduce.Lab("evening", load_corpus(corpus_folder), [1], first={"R", "N"})
     lab.chosen = {name: runs.Plan("laptop", (("pattern", name),)) for name in ("R", "N")}
 
     def record(plan, *more, **what):
@@ -386,11 +423,12 @@ def test_what_never_learned_is_said_by_tokens(monkeypatch, corpus_folder):
 def test_every_part_names_what_there_is():
     """The parts of claims.toml name rules and metrics that exist, and all of these are used."""
     parts = [part for claim in CLAIMS.values() for part in claim["parts"]]
-    assert list(CLAIMS) == list(range(1, 19)) and len(parts) == 54
+    assert list(CLAIMS) == list(range(1, 19)) and len(parts) == 60
     says, rules, metrics, _ = zip(*(part[:4] for part in parts))
     assert set(rules) == set(reproduce.RULES) and set(metrics) == set(reproduce.METRICS)
-    assert set(reproduce.ABOUT) <= set(metrics) and len(set(says)) > 30
-    assert {task for part in parts for task in part[4:]} == {"multi-key"}
+    assert set(reproduce.ABOUT) | set(reproduce.LOSSES) <= set(metrics) and len(set(says)) > 30
+    assert set(reproduce.BOUNDS) <= set(rules)
+    assert {task for part in parts for task in part[4:]} == {"multi-key", "crowded"}
 
 
 def test_records_of_several_writers_and_of_a_cut(tmp_path, monkeypatch):
@@ -487,6 +525,10 @@ def test_every_claim_has_its_verdict(making, tmp_path):
     assert {number: verdicts[number] for number in wanted} == wanted
     # N took three times the steps in every seed
     assert all(f"| {name} | " in text for name in VARIANTS) and "| 3 3 3 |" in text
+    # of plain R no claim asks needles, and none are made for the table's sake
+    assert re.search(r"^\| plain R \| [\d.]+ \| 1 1 1 \| .* \| \| \| \| \| \|$", text, re.M)
+    needles = [plan for plan, _, what in making[1:] if what == "needles"]
+    assert not any("--pattern R --no-windowed" in plan for plan in needles)
 
 
 def test_an_interrupted_reproduction_continues_to_the_same_report(making, tmp_path, capsys):
@@ -528,6 +570,15 @@ def test_the_committed_report_is_what_the_records_say(tmp_path, monkeypatch):
     written = (tmp_path / "reproduce-laptop" / "report.md").read_text(encoding="utf-8")
     assert written == committed
 
+    # and the README's table has a row a claim, of the same verdicts
+    readme = (reproduce.HERE / "README.md").read_text(encoding="utf-8")
+    words = ("reproduced", "reversed", "outside", "not decided", "not testable", "not run")
+    said = lambda text: {word for word in words if word in text}
+    verdicts = re.findall(r"^\| (\d+) \| .* \| \*\*(.*)\*\* \|$", committed, re.M)
+    rows = re.findall(r"^\| (\d+)\. .* \| (.*) \|$", readme, re.M)
+    of = lambda pairs: {int(number): said(verdict) for number, verdict in pairs}
+    assert of(rows) == of(verdicts) and set(of(rows)) == set(CLAIMS)
+
 
 def test_only_some_claims(corpus_folder, tmp_path, monkeypatch, capsys):
     """The report of a few has a name of its own, and nothing is trained that they do not need."""
@@ -548,6 +599,14 @@ def test_only_some_claims(corpus_folder, tmp_path, monkeypatch, capsys):
     assert plans and not any(
         "qk-norm" in plan or "--pattern N" in plan or "--seed" in plan for plan in plans
     )
+    reproduce.main(["--only", "8", "--seeds", "1", "--rates", "0.006"])
+    text = (tmp_path / "RESULTS" / "reproduce-laptop" / "report-8.md").read_text()
+    assert "--only 8 --rates 0.006`" in text
+    monkeypatch.setattr(reproduce, "costs", lambda repeat: {"step": 0.5, "flops": 0.45})
+    monkeypatch.setitem(CLAIMS, 12, CLAIMS[12] | {"parts": CLAIMS[12]["parts"][1:]})
+    reproduce.main(["--only", "12"])  # is about no variant: there is nothing to draw
+    text = (tmp_path / "RESULTS" / "reproduce-laptop" / "report-12.md").read_text()
+    assert "](retrieval" not in text and not list(tmp_path.glob("**/retrieval-12.png"))
     for argv, word in (
         (["--only", "19"], "--only: invalid choice: 19"),
         (["--only", "14", "--scale", "gpu"], "--only 14: the scale gpu has no recipe"),
