@@ -373,7 +373,10 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str, only: str) ->
             rows.append([part.says, measured, shown(part.differences), word])
         details += [f"## {number}. {claim['title']}", f"Paper: {claim['paper']}."]
         head = ["comparison", "measured", "for the claim", "verdict"]
-        details.append(markdown(head, rows) if rows else "Not run yet at this scale.")
+        if not rows:
+            details.append("Not run yet at this scale.")
+            continue
+        details.append(markdown(head, rows))
         about = [claim.get("note", "").format(lab=lab)]
         if not {"reproduced", "not decided: one seed"}.issuperset(words):
             about.append(claim.get("otherwise", ""))
