@@ -131,16 +131,10 @@ class Lab:
             values += [row[key] for row in rows if (row["length"], row["layers"]) == which]
         return np.array(values)
 
-    def first_step(self, window: str) -> np.ndarray:
-        """The step of rrrN of that window, trained at one length alone, at which LEARNED of its
-        needles were found twice in a row for the first time; all steps where they never were."""
-        plan, values = Plan(self.recipes["windows"]).with_flags(window=window), []
-        for seed in self.seeds:
-            curve = self.run(plan.seeded(seed))["curve"]
-            pairs = zip(curve, curve[1:])
-            twice = (step for (step, a), (_, b) in pairs if min(a, b) >= LEARNED)
-            values.append(next(twice, curve[-1][0]))
-        return np.array(values)
+    def windowed(self, window: str) -> np.ndarray:
+        """What rrrN of that window from the first step to the last finds in its own table."""
+        plan = Plan(self.recipes["base"], (("window", window),)).stretched(self.stretch)
+        return np.array([runs.own_score(self.run(plan.seeded(seed))) for seed in self.seeds])
 
     def drop_unfinished(self) -> None:
         """Keep for tables and picture the variants of which every seed is recorded."""
@@ -250,7 +244,7 @@ METRICS = {
     "cache": costs_of(measured="cache", promised="cache_promised"),
     "step": costs_of(measured="step", FLOPs="flops"),
     "cut": cut,
-    "first_step": lambda lab, window, task: lab.first_step(window),
+    "windowed": lambda lab, window, task: lab.windowed(window),
     **{f"given_{n}": lambda lab, label, task, n=n: given(lab, label, n) for n in (1, 4, 16)},
     "unextended": long,
     "slope": slope,
