@@ -61,6 +61,7 @@ class Lab:
         self.trained, self.extended_to = map(trained_length, (base, extend))
         self.lengths = [times * self.trained for times in TIMES]  # at which needles are asked for
         self.longest = self.lengths[-1]
+        self.beyond = self.longest // self.extended_to
         self.window = base["model"]["window"]  # of the windowed variants' training
         self.n_layer = base["model"]["n_layer"]
         tokens = lambda toml: toml["batch_tokens"] * sum(phase["steps"] for phase in toml["phase"])
@@ -260,7 +261,7 @@ ABOUT = {  # of metrics about retrieval: label -> the variant that must have lea
     **{f"given_{n}": lambda label: "RRRN" for n in (1, 4, 16)},
     **dict.fromkeys(("unextended", "needle"), lambda name: name),
 }
-LOSSES = {  # of losses: label -> the variant that must have learned, where it is the lower one
+LOSSES = {  # of losses: label -> variant; of these the lower one must have learned, or (deep) both
     **dict.fromkeys(("loss", "extended_loss"), lambda name: name),
     "deep_loss": DEEP.get,
 }
@@ -307,8 +308,9 @@ def compare(lab: Lab, says: str, rule: str, metric: str, of: list[str], task="si
     variants = map(ABOUT[metric], of) if metric in ABOUT else ()
     learned = {name: lab.learned(name, task) for name in variants}
     if metric in LOSSES:
-        lower = LOSSES[metric](min(of, key=lambda label: shown[label].mean()))
-        learned = {lower: lab.retrieves(lower)}
+        lower = [min(of, key=lambda label: shown[label].mean())]
+        names = map(LOSSES[metric], of if metric == "deep_loss" else lower)
+        learned = {name: lab.retrieves(name) for name in names}
     part = Part(says.format(lab=lab, learned=LEARNED), shown, RULES[rule](*shown.values()), learned)
     return part._replace(opposite="outside") if rule in BOUNDS else part
 
@@ -383,7 +385,7 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str, only: str) ->
         masses=4 * lab.trained,
         rule=WORDS["rule"],
         windowed=begun(lab),
-        picture=WORDS["picture"].format(picture=picture) if lab.first else "",
+        picture=WORDS["picture"].format(picture=picture) if picture else "",
         verdicts=markdown(["", "claim", "paper", "verdict"], verdicts),
         details="\n\n".join(details),
         about=WORDS["variants"],
@@ -503,7 +505,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{number}. {CLAIMS[number]['title']}: {word}", flush=True)
     runs.MAY_RUN = False  # tables and picture show what there is
     lab.drop_unfinished()
-    if lab.first:
+    picture = picture if lab.first & VARIANTS.keys() else ""  # which has no variant of claim 9
+    if picture:
         plot(lab, folder / picture)
     out = folder / f"report{suffix}.md"
     if args.rates != list(runs.RATES):

@@ -334,12 +334,12 @@ def test_a_loss_counts_where_the_lower_one_learned():
         retrieves=lambda name: np.array([name in learned] * 2),
     )
     word = lambda *of: verdict(reproduce.compare(lab, "", "less", *of))
-    learned = {"R", "rrrN x8"}
+    learned = {"R", "rrrN x8", "rrrrrrrN x8"}
     assert word("loss", ["R", "N"]) == word("deep_loss", ["3:1", "7:1"]) == "reproduced"
     assert word("loss", ["N", "R"]) == "reversed"
-    learned = {"N", "rrrrrrrN x8"}
+    learned = {"N", "rrrN x8"}
     assert word("loss", ["R", "N"]) == "not decided: R had not learned"
-    assert word("deep_loss", ["3:1", "7:1"]) == "not decided: rrrN x8 had not learned"
+    assert word("deep_loss", ["3:1", "7:1"]) == "not decided: rrrrrrrN x8 had not learned"
 
 
 def test_a_late_window_is_given_at_evaluation_or_by_a_training(monkeypatch, corpus_folder):
@@ -384,6 +384,10 @@ def test_an_evening_has_twice_the_steps(monkeypatch, corpus_folder):
     assert [plan.get("stretch") for plan in flags] == ["2", "2", "6"]
     assert {plan["lr"] for plan in flags} == {"0.003"}
     assert lab.loss("R") == pytest.approx([2.8] * 3)
+    asked = []
+    monkeypatch.setattr(runs, "record", lambda *of, **what: asked.append(of[0]) or record(*of))
+    lab.loss("R", extended=True)
+    assert [plan.init.flag("stretch") for plan in asked if plan.init] == ["2"] * 3
     assert reproduce.begun(lab).split("**")[2].startswith(" For the first 900 of 1400 steps")
     assert reproduce.begun(reproduce.Lab("gpu", lab.corpus, [1])) == ""
 
@@ -607,6 +611,9 @@ def test_only_some_claims(corpus_folder, tmp_path, monkeypatch, capsys):
     reproduce.main(["--only", "8", "--seeds", "1", "--rates", "0.006"])
     text = (tmp_path / "RESULTS" / "reproduce-laptop" / "report-8.md").read_text()
     assert "--only 8 --rates 0.006`" in text
+    reproduce.main(["--only", "3"])  # asks masses, of extended runs: their needles are not made
+    text = (tmp_path / "RESULTS" / "reproduce-laptop" / "report-3.md").read_text()
+    assert "| R | " in text and "| R, extended | " not in text
     monkeypatch.setattr(reproduce, "costs", lambda repeat: {"step": 0.5, "flops": 0.45})
     monkeypatch.setitem(CLAIMS, 12, CLAIMS[12] | {"parts": CLAIMS[12]["parts"][1:]})
     reproduce.main(["--only", "12"])  # is about no variant: there is nothing to draw
