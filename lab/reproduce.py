@@ -38,6 +38,7 @@ CLAIMS = {int(name): claim for name, claim in WORDS.items() if name.isdigit()}
 SCALES, VARIANTS, DEEP = (WORDS[key] for key in ("scales", "flags", "deep"))
 MARGIN = 0.02  # of "no worse"
 MORE = 5  # seeds, where three leave a comparison open
+FAR = 0.25  # apart: seeds are told one by one
 
 # What is measured, by variant and seed ------------------------------------------------------------
 
@@ -354,6 +355,12 @@ def shown(values: Sequence[float]) -> str:
     return f"{mean:.3f}" + (f" ± {error:.3f}" if len(values) > 1 else "")
 
 
+def by_seed(values: np.ndarray) -> str:
+    """The same, and each where they lie far apart: two camps have no mean."""
+    apart = np.ptp(values) > FAR
+    return shown(values) + (f" ({', '.join(f'{v:.2f}' for v in values)})" if apart else "")
+
+
 def report(lab: Lab, results: dict[int, list[Part]], picture: str, only: str) -> str:
     """Markdown: the verdicts, every comparison, and the runs behind them; `only`, the flag that
     chose the claims."""
@@ -363,7 +370,7 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str, only: str) ->
         verdicts.append([str(number), claim["title"], claim["paper"], f"**{summary(words)}**"])
         rows = []
         for part, word in zip(parts, words):
-            measured = ", ".join(f"{label} {shown(of)}" for label, of in part.shown.items())
+            measured = ", ".join(f"{label} {by_seed(of)}" for label, of in part.shown.items())
             seeds = len(part.differences)
             word += f" ({seeds} seeds)" if seeds > len(lab.seeds) else ""
             rows.append([part.says, measured, shown(part.differences), word])

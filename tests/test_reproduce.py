@@ -261,6 +261,11 @@ def test_what_takes_more_tokens_than_there_were_is_not_testable(corpus_folder, m
     assert word(4) == "reversed"
 
 
+def test_seeds_that_lie_apart_are_told_one_by_one():
+    assert reproduce.by_seed(np.array([0.9, 1.0, 0.95])) == "0.950 ± 0.029"
+    assert reproduce.by_seed(np.array([0.04, 0.04, 1.0])) == "0.360 ± 0.320 (0.04, 0.04, 1.00)"
+
+
 def test_what_three_seeds_leave_open_takes_five(corpus_folder, monkeypatch):
     """Part by part; not where three decide, where fewer were asked for, where a variant had not
     learned, or where no record has the fourth and fifth."""
@@ -425,7 +430,7 @@ def test_what_never_learned_is_said_by_tokens(monkeypatch, corpus_folder):
     seen = []
     monkeypatch.setattr(runs, "record", record)
     said = reproduce.unlearned(lab)
-    assert said.startswith("N had not learned") and "\n" not in said and len(seen) == 3
+    assert said.startswith("N never found .8") and "\n" not in said and len(seen) == 3
     assert said.endswith("0.09 after 41.0M, 0.11 after 49.2M tokens of training.")
 
 
