@@ -133,10 +133,10 @@ class Lab:
             values += [row[key] for row in rows if (row["length"], row["layers"]) == which]
         return np.array(values)
 
-    def windowed(self, window: str) -> np.ndarray:
-        """What rrrN of that window from the first step to the last finds in its own table."""
+    def windowed(self, window: str) -> list[dict]:
+        """Records of rrrN of that window from the first step to the last."""
         plan = Plan(self.recipes["base"], (("window", window),)).stretched(self.stretch)
-        return np.array([runs.own_score(self.run(plan.seeded(seed))) for seed in self.seeds])
+        return [self.run(plan.seeded(seed)) for seed in self.seeds]
 
     def drop_unfinished(self) -> None:
         """Keep for tables and picture the variants of which every seed is recorded."""
@@ -216,6 +216,13 @@ def given(lab: Lab, label: str, times: int) -> np.ndarray:
     return lab.needles(plans, times * lab.trained, "single", **treatment)
 
 
+def first_step(curve: list[tuple[int, float]]) -> int:
+    """The step at which LEARNED of the needles were found twice in a row for the first time; all
+    steps where they never were."""
+    twice = (step for (step, a), (_, b) in zip(curve, curve[1:]) if min(a, b) >= LEARNED)
+    return next(twice, curve[-1][0])
+
+
 def slope(lab: Lab, label: str, task: str) -> np.ndarray:
     """Nats a doubling of the distance in the last layer of a variant, or of rrrN at the start."""
     if label != "start":
@@ -246,7 +253,10 @@ METRICS = {
     "cache": costs_of(measured="cache", promised="cache_promised"),
     "step": costs_of(measured="step", FLOPs="flops"),
     "cut": cut,
-    "windowed": lambda lab, window, task: lab.windowed(window),
+    "first_step": lambda lab, window, task: np.array(
+        [first_step(made["curve"]) for made in lab.windowed(window)]
+    ),
+    "windowed": lambda lab, window, task: np.array(list(map(runs.own_score, lab.windowed(window)))),
     **{f"given_{n}": lambda lab, label, task, n=n: given(lab, label, n) for n in (1, 4, 16)},
     "unextended": long,
     "slope": slope,

@@ -398,16 +398,21 @@ def test_an_evening_has_twice_the_steps(monkeypatch, corpus_folder):
 
 
 def test_a_window_from_the_first_step_to_the_last(monkeypatch, corpus_folder):
-    """Claim 14."""
+    """Claim 14: its records, and when and how much they find."""
+    once = [[50, 0.9], [100, 0.3], [150, 0.8]]  # is not twice in a row
+    assert reproduce.first_step(once) == 150
+    assert reproduce.first_step([[50, 0.2], [100, 0.8], [150, 0.9]]) == 100
     seen = []
 
     def record(plan, *more, **what):
         seen.append(plan)
-        return {"recipe": plan.toml, "table": [{"length": 512, "exact": 0.7}]}
+        return {"recipe": plan.toml, "table": [{"length": 512, "exact": 0.7}], "curve": once}
 
     monkeypatch.setattr(runs, "record", record)
     lab = reproduce.Lab("evening", load_corpus(corpus_folder), [1, 2])
-    assert lab.windowed("16").tolist() == [0.7, 0.7]
+    assert reproduce.METRICS["windowed"](lab, "16", "").tolist() == [0.7, 0.7]
+    assert reproduce.METRICS["first_step"](lab, "16", "").tolist() == [150, 150]
+    del seen[2:]
     assert [str(plan) for plan in seen] == [
         "train.py recipes/laptop.toml --window 16 --stretch 2",
         "train.py recipes/laptop.toml --window 16 --stretch 2 --seed 2",
@@ -437,7 +442,7 @@ def test_what_never_learned_is_said_by_tokens(monkeypatch, corpus_folder):
 def test_every_part_names_what_there_is():
     """The parts of claims.toml name rules and metrics that exist, and all of these are used."""
     parts = [part for claim in CLAIMS.values() for part in claim["parts"]]
-    assert list(CLAIMS) == list(range(1, 19)) and len(parts) == 60
+    assert list(CLAIMS) == list(range(1, 19)) and len(parts) == 63
     says, rules, metrics, _ = zip(*(part[:4] for part in parts))
     assert set(rules) == set(reproduce.RULES) and set(metrics) == set(reproduce.METRICS)
     assert set(reproduce.ABOUT) | set(reproduce.LOSSES) <= set(metrics) and len(set(says)) > 30
