@@ -297,7 +297,7 @@ class Part(NamedTuple):
     differences: np.ndarray
     learned: dict[str, np.ndarray] = {}  # by variant that it is about
     tokens: tuple[int, int] = (0, 0)  # of training: as many as there were, and as it takes
-    opposite: str = "reversed"
+    opposite: str = "reversed"  # the verdict where the differences are as clearly negative
 
 
 def parts_of(lab: Lab, number: int) -> list[Part]:
