@@ -414,8 +414,8 @@ def test_a_window_from_the_first_step_to_the_last(monkeypatch, corpus_folder):
     assert reproduce.METRICS["first_step"](lab, "16", "").tolist() == [150, 150]
     del seen[2:]
     assert [str(plan) for plan in seen] == [
-        "train.py recipes/laptop.toml --window 16 --stretch 2",
-        "train.py recipes/laptop.toml --window 16 --stretch 2 --seed 2",
+        "train.py recipes/evening.toml --window 16 --stretch 2",
+        "train.py recipes/evening.toml --window 16 --stretch 2 --seed 2",
     ]
 
 
