@@ -301,16 +301,24 @@ class Part(NamedTuple):
 
 
 def parts_of(lab: Lab, number: int) -> list[Part]:
-    """A claim, measured; by MORE seeds what three or more leave open, where they may be run."""
+    """A claim, measured; by MORE seeds what three or more leave open, where they may be run. Where
+    nothing may run, a part without its records shows nothing."""
     tokens = lab.tokens, CLAIMS[number].get("tokens", 0)
     measured = lambda lab, row: compare(lab, *row)._replace(tokens=tokens)
     more, parts = replace(lab, seeds=list(range(1, MORE + 1))), []
     for row in CLAIMS[number]["parts"]:
-        parts.append(measured(lab, row))
-        if verdict(parts[-1]) == "not decided" and 3 <= len(lab.seeds) < MORE:
-            with suppress(runs.NotRecorded):
-                parts[-1] = measured(more, row)
+        part = Part(named(lab, row[0]), {}, np.array([]))
+        with suppress(runs.NotRecorded):
+            part = measured(lab, row)
+            if verdict(part) == "not decided" and 3 <= len(lab.seeds) < MORE:
+                part = measured(more, row)
+        parts.append(part)
     return parts
+
+
+def named(lab: Lab, says: str) -> str:
+    """A part's words, with the lab's lengths in them."""
+    return says.format(lab=lab, learned=LEARNED)
 
 
 def compare(lab: Lab, says: str, rule: str, metric: str, of: list[str], task="single") -> Part:
@@ -322,23 +330,19 @@ def compare(lab: Lab, says: str, rule: str, metric: str, of: list[str], task="si
         lower = [min(of, key=lambda label: shown[label].mean())]
         names = map(LOSSES[metric], of if metric == "deep_loss" else lower)
         learned = {name: lab.retrieves(name) for name in names}
-    part = Part(says.format(lab=lab, learned=LEARNED), shown, RULES[rule](*shown.values()), learned)
+    part = Part(named(lab, says), shown, RULES[rule](*shown.values()), learned)
     return part._replace(opposite="outside") if rule in BOUNDS else part
 
 
 def verdict(part: Part) -> str:
     """The rule that every report begins with: WORDS["rule"]."""
+    if not len(part.differences):
+        return "not run"
     seen, wanted = part.tokens
     if seen < wanted:
         return f"not testable at this scale: {seen:,} tokens, and {wanted:,} are wanted"
-    unlearned = []
-    for name, learned in part.learned.items():
-        seeds = [str(seed) for seed, has in enumerate(learned, 1) if not has]
-        if seeds:
-            some = len(seeds) < len(learned)
-            unlearned.append(name + (f" (seed {', '.join(seeds)})" if some else ""))
-    if unlearned:
-        return f"not decided: {', '.join(unlearned)} had not learned"
+    if names := unlearned_in(part):
+        return f"not decided: {names} had not learned"
     if len(part.differences) < 2:
         return "not decided: one seed"
     mean, error = mean_and_error(part.differences)
@@ -348,13 +352,22 @@ def verdict(part: Part) -> str:
     return "not decided"
 
 
+def unlearned_in(part: Part) -> str:
+    """The variants that had not learned, with the seeds where it was only some."""
+    names = []
+    for name, learned in part.learned.items():
+        seeds = [str(seed) for seed, has in enumerate(learned, 1) if not has]
+        if seeds:
+            some = len(seeds) < len(learned)
+            names.append(name + (f" (seed {', '.join(seeds)})" if some else ""))
+    return ", ".join(names)
+
+
 def summary(verdicts: list[str]) -> str:
     """The verdict of a claim, from its parts'."""
-    if not verdicts:
-        return "not run"
     if len(set(verdicts)) == 1:
         return verdicts[0]
-    words = ("reproduced", "reversed", "outside", "not decided")
+    words = ("reproduced", "reversed", "outside", "not decided", "not run")
     counts = {word: sum(v.startswith(word) for v in verdicts) for word in words}
     return ", ".join(f"{n} of {len(verdicts)} {word}" for word, n in counts.items() if n)
 
@@ -383,15 +396,16 @@ def report(lab: Lab, results: dict[int, list[Part]], picture: str, only: str) ->
             measured = ", ".join(f"{label} {by_seed(of)}" for label, of in part.shown.items())
             seeds = len(part.differences)
             word += f" ({seeds} seeds)" if seeds > len(lab.seeds) else ""
-            rows.append([part.says, measured, shown(part.differences), word])
+            difference = shown(part.differences) if seeds else ""
+            rows.append([part.says, measured, difference, word])
         details += [f"## {number}. {claim['title']}", f"Paper: {claim['paper']}."]
         head = ["comparison", "measured", "for the claim", "verdict"]
-        if not rows:
+        if set(words) == {"not run"}:
             details.append("Not run yet at this scale.")
             continue
         details.append(markdown(head, rows))
         about = [claim.get("note", "").format(lab=lab)]
-        if not {"reproduced", "not decided: one seed"}.issuperset(words):
+        if not {"reproduced", "not decided: one seed", "not run"}.issuperset(words):
             about.append(claim.get("otherwise", ""))
         details += [" ".join(text.strip() for text in about if text)] if any(about) else []
     page = WORDS["page"].format(
@@ -514,10 +528,7 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for number in only:
-        try:
-            results[number] = parts_of(lab, number)
-        except runs.NotRecorded:
-            results[number] = []
+        results[number] = parts_of(lab, number)
         word = summary([verdict(part) for part in results[number]])
         print(f"{number}. {CLAIMS[number]['title']}: {word}", flush=True)
     runs.MAY_RUN = False  # tables and picture show what there is
@@ -528,7 +539,8 @@ def main(argv: list[str] | None = None) -> None:
     out = folder / f"report{suffix}.md"
     if args.rates != list(runs.RATES):
         flag += " --rates " + " ".join(map(str, args.rates))
-    flag += "" if all(results.values()) else " --recorded"
+    whole = all(len(part.differences) for parts in results.values() for part in parts)
+    flag += "" if whole else " --recorded"
     out.write_text(report(lab, results, picture, flag), encoding="utf-8")
     print(f"written to {out}")
 
