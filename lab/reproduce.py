@@ -3,7 +3,7 @@ a verdict for each. lab/claims.toml says what each claim compares.
 
     python -m lab.reproduce                      three seeds at laptop scale; hours on two cores
     python -m lab.reproduce --seeds 1 --only 8   the central claim alone
-    python -m lab.reproduce --scale evening      twice the steps
+    python -m lab.reproduce --scale evening      windows of 16 at first, twice the steps
     python -m lab.reproduce --scale gpu          30M parameters on one GPU
 
 Writes results/reproduce-<scale>/report.md and retrieval.png (with --only: report-8.md, ...) from

@@ -310,6 +310,7 @@ def test_margins_and_summaries(monkeypatch):
     assert summary(["reproduced"] * 2) == "reproduced"
     mixed = ["reproduced", "not decided: R had not learned"]
     assert summary(mixed) == "1 of 2 reproduced, 1 of 2 not decided"
+    assert summary([word(a - b), word(np.array([]))]) == "1 of 2 not decided, 1 of 2 not run"
     below, above = np.array([1.31, 1.36, 1.28]), np.array([2.6, 2.7, 2.6])  # of about two
     for ratio in (below, above):
         monkeypatch.setitem(reproduce.METRICS, "flat", lambda *_, ratio=ratio: ratio)
@@ -552,14 +553,16 @@ def test_every_claim_has_its_verdict(making, tmp_path):
 
 def test_an_interrupted_reproduction_continues_to_the_same_report(making, tmp_path, capsys):
     folder = tmp_path / "reproduce-laptop"
-    making[0] = 30
+    making[0] = 20
     with pytest.raises(SystemExit):
         reproduce.main([])
     assert "error: interrupted" in capsys.readouterr().err
     reproduce.main(["--recorded"])  # what there is so far, and nothing is made
     part = (folder / "report.md").read_text()
     assert "| **not run** |" in part and "Not run yet at this scale." in part
-    assert "--seeds 3 --recorded`" in part and len(making) == 31
+    assert "| **3 of 6 reproduced, 3 of 6 not run** |" in part
+    assert "| extended: R < N | | | not run |" in part
+    assert "--seeds 3 --recorded`" in part and len(making) == 21
     making[0] = None
     reproduce.main([])
     continued = (folder / "report.md").read_text()
@@ -576,16 +579,17 @@ def test_an_interrupted_reproduction_continues_to_the_same_report(making, tmp_pa
     assert (folder / "report.md").read_text() == continued
 
 
-def test_the_committed_report_is_what_the_records_say(tmp_path, monkeypatch):
+@pytest.mark.parametrize("column, scale", list(enumerate(("evening", "laptop"))))
+def test_the_committed_report_is_what_the_records_say(tmp_path, monkeypatch, column, scale):
     """To the byte, without a corpus: its hash is all that a record wants to know."""
-    committed = (reproduce.RESULTS / "reproduce-laptop" / "report.md").read_text(encoding="utf-8")
+    committed = (reproduce.RESULTS / f"reproduce-{scale}" / "report.md").read_text(encoding="utf-8")
     corpus = SimpleNamespace(hash=re.search(r"Corpus (\w+)\.", committed)[1])
     monkeypatch.setattr(reproduce, "default_corpus", lambda: corpus)
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
     monkeypatch.setattr(reproduce, "plot", lambda lab, out: None)
     monkeypatch.setattr(runs, "MAY_RUN", False)
-    reproduce.main(["--recorded"])
-    written = (tmp_path / "reproduce-laptop" / "report.md").read_text(encoding="utf-8")
+    reproduce.main(["--scale", scale, "--recorded"])
+    written = (tmp_path / f"reproduce-{scale}" / "report.md").read_text(encoding="utf-8")
     assert written == committed
 
     # and the README's table has a row a claim, of the same verdicts
@@ -593,9 +597,10 @@ def test_the_committed_report_is_what_the_records_say(tmp_path, monkeypatch):
     words = ("reproduced", "reversed", "outside", "not decided", "not testable", "not run")
     said = lambda text: {word for word in words if word in text}
     verdicts = re.findall(r"^\| (\d+) \| .* \| \*\*(.*)\*\* \|$", committed, re.M)
-    rows = re.findall(r"^\| (\d+)\. .* \| (.*) \|$", readme, re.M)
+    rows = re.findall(r"^\| (\d+)\. .* \| (.*) \| (.*) \|$", readme, re.M)
     of = lambda pairs: {int(number): said(verdict) for number, verdict in pairs}
-    assert of(rows) == of(verdicts) and set(of(rows)) == set(CLAIMS)
+    assert of((row[0], row[1 + column]) for row in rows) == of(verdicts)
+    assert set(of(verdicts)) == set(CLAIMS)
 
 
 def test_only_some_claims(corpus_folder, tmp_path, monkeypatch, capsys):
