@@ -32,7 +32,6 @@ JOINED_AT_MOST = 2**24  # parameters of a block; where the products are larger, 
 def fill(model: Transformer, tokens: Tensor, cache: KVCache) -> None:
     """Read tokens (b t) into the cache. ValueError, and nothing is read, where they do not fit."""
     cache.check_room(tokens.shape[1])
-    cache.clock = None  # a compiled stream before this one had fixed its shapes
     first = FIRST_CHUNK if cache.is_empty else CHUNK
     for chunk in (tokens[:, :first], *tokens[:, first:].split(CHUNK, dim=1)):
         if chunk.shape[1]:
@@ -181,15 +180,15 @@ def is_plain(block: nn.Module) -> bool:
 
 def compiled_step(model: Transformer, cache: KVCache, count: int) -> Callable[[Tensor], Tensor]:
     """The same at shapes that never change."""
-    cache.fix_shapes()
-    for x in (*cache.k, *cache.v, *cache.positions.values(), cache.clock):
+    twin = cache.fixed()
+    for x in (*twin.k, *twin.v, *twin.positions.values(), twin.clock):
         # What a CUDA graph writes to has to stay where it is; a cache elsewhere is recorded anew.
         torch._dynamo.mark_static_address(x, guard=False)
     run = compiled_logits(graphs=cache.k[0].is_cuda)
 
     def step(token: Tensor) -> Tensor:
         cache.reserve(1)
-        return run(model, token, cache).clone()  # a CUDA graph writes over its output
+        return run(model, token, twin).clone()  # a CUDA graph writes over its output
 
     return step
 

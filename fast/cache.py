@@ -41,7 +41,7 @@ class KVCache:
         self.positions = {rows: torch.full((rows,), -1, device=device) for rows in set(self.rows)}
         self.slots: dict[int, Tensor] = {}
         self.met: dict[int, Tensor] = {}
-        self.clock: Tensor | None = None  # see `fix_shapes`
+        self.clock: Tensor | None = None  # see `fixed`
 
     def ring(self, window: int | None) -> int:
         """Rows of a layer that sees `window` keys."""
@@ -105,14 +105,15 @@ class KVCache:
         return self.clock is None and self.length == 0
 
     def all_visible(self, t: int) -> bool:
-        """Does each of t queries see every key that it meets? One does, until `fix_shapes`."""
+        """Does each of t queries see every key that it meets? One does, unless `fixed`."""
         return t == 1 and self.clock is None
 
-    def fix_shapes(self) -> None:
-        """From here on one token at a time, at shapes that never change, so that the step can be
-        compiled and captured into a CUDA graph: time is a tensor, every row of a ring is met, and
-        empty ones are masked. Whoever steps calls `reserve`."""
-        self.clock = torch.tensor([self.length], device=self.k[0].device)
+    def fixed(self) -> "KVCache":
+        """A twin in this memory for single tokens at shapes that never change, to be compiled: time
+        is a tensor, rings are met whole, empty slots masked. The cache itself must `reserve`."""
+        twin = copy(self)
+        twin.clock = torch.tensor([self.length], device=self.k[0].device)
+        return twin
 
     def check_room(self, t: int) -> None:
         """ValueError where t more tokens do not fit."""
@@ -131,7 +132,6 @@ class KVCache:
         twin.k = [x.repeat_interleave(n, dim=0) for x in self.k]
         twin.v = [x.repeat_interleave(n, dim=0) for x in self.v]
         twin.positions = {rows: held.clone() for rows, held in self.positions.items()}
-        twin.clock = None if self.clock is None else self.clock.clone()
         return twin
 
     @property

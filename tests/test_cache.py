@@ -477,16 +477,18 @@ def test_scale_and_rotation_are_absolute_under_the_cache():
 
 
 def test_fixed_shapes_are_as_exact():
-    """After `fix_shapes` every ring is met whole and masked; over three wraps of the window, from a
-    prompt shorter than it."""
+    """Of a `fixed` cache every ring is met whole and masked; over three wraps of the window, from a
+    prompt shorter than it. The cache itself goes on as if it had been read by no other way."""
     for pattern in ("rrrN", "Nrrr", "rn", "R"):
         model, tokens = tiny(pattern), text(2, 20)
         expected, cache = model(tokens), model.new_cache(2, 30)
         got = [model(tokens[:, :3], cache=cache)]
-        cache.fix_shapes()
-        for i in range(3, 20):
+        twin = cache.fixed()
+        for i in range(3, 12):
             cache.reserve(1)
-            got.append(model(tokens[:, i : i + 1], cache=cache))
+            got.append(model(tokens[:, i : i + 1], cache=twin))
+        assert cache.length == 12
+        got += [model(tokens[:, 12:13], cache=cache), model(tokens[:, 13:], cache=cache)]
         torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=1e-12)
 
 
@@ -515,11 +517,20 @@ def test_the_compiled_step_takes_more_caches_than_torchs_limit_of_shapes(monkeyp
     traced = lambda function, **how: compile(function, backend="eager", dynamic=False)
     monkeypatch.setattr(engine, "one_graph", traced)
     monkeypatch.setattr(engine, "compiled_logits", cache_of(engine.compiled_logits.__wrapped__))
+    twins, fixed = [], KVCache.fixed
+    monkeypatch.setattr(KVCache, "fixed", lambda cache: twins.append(fixed(cache)) or twins[-1])
     expected = list(stream(model, text(1, 3), 4))
     for room in range(8, 17):
         cache = model.new_cache(1, room)
         assert list(stream(model, text(1, 3), 4, cache=cache, compiled=True)) == expected
-    written = (*cache.k, *cache.v, *cache.positions.values(), cache.clock)
+    assert len(twins) == 9 and twins[-1].k is cache.k
+
+    # and the cache goes on from there, to the last token, which no step has read
+    made = torch.stack(expected, dim=1)
+    with torch.inference_mode():
+        last = model(made[:, -1:], cache=cache)
+        torch.testing.assert_close(last, model(torch.cat((text(1, 3), made), dim=1))[:, -1:])
+    written = (*cache.k, *cache.v, *cache.positions.values(), twins[-1].clock)
     assert all(x._dynamo_static_input_type == "unguarded" for x in written)
     torch._dynamo.reset()
 
