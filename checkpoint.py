@@ -466,10 +466,15 @@ CHECKSUMS = "checksums.json"  # of a folder's other files
 STEP = r"step-\d{6,}"  # the folder of a checkpoint
 
 
+def unfinished(path: Path) -> Path:
+    """Where a file or folder is made before it takes its name: hidden, as nobody names his own."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside `file`, by write(path), and put it in its place. OSError where it cannot
     be written."""
-    partial = file.with_name(file.name + ".partial")
+    partial = unfinished(file)
     try:
         write(partial)
         sync(partial)
@@ -502,7 +507,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     when the block fails. Where `path` is there already, what is new in it takes the place of what
     has the same name; files come last."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = unfinished(path)
     shutil.rmtree(partial, ignore_errors=True)  # a process that was killed left it
     partial.mkdir(parents=True)
     try:
@@ -525,7 +530,7 @@ def point(link: str | Path, target: str | Path) -> None:
     """Make `link` a relative symlink to the folder `target`, replacing the former one in a single
     step. Where the disk or the system has no links it is a copy of the folder, replaced in two."""
     link, target = Path(link), Path(target)
-    partial = link.with_name(link.name + ".partial")
+    partial = unfinished(link)
     _remove(partial)
     try:
         partial.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
@@ -549,7 +554,7 @@ def repoint(target: Path, names: tuple[str, ...]) -> None:
     for old in before - pointed(folder):
         shutil.rmtree(folder / old)
     for left in folder.glob("*.partial"):
-        if re.fullmatch(rf"(last|best|{STEP})\.partial", left.name):
+        if re.fullmatch(rf"\.(last|best|{STEP})\.partial", left.name):
             _remove(left)
 
 
@@ -558,6 +563,17 @@ def pointed(folder: Path) -> set[str]:
     links = [folder / name for name in ("last", "best")]
     targets = {os.readlink(link) for link in links if link.is_symlink()}
     return {name for name in targets if re.fullmatch(STEP, name) and (folder / name).is_dir()}
+
+
+def check_links(folder: Path) -> None:
+    """ValueError where a run's folder holds checkpoints and has lost its run.json or the link
+    `last`, as a copy does that skips links. (step-000000 is what a kill at the start leaves.)"""
+    steps = sorted(f.name for f in folder.glob("step-*") if re.fullmatch(STEP, f.name))
+    steps = [name for name in steps if int(name.removeprefix("step-"))]
+    for name in ("last", "run.json"):
+        if steps and not (folder / name).exists():
+            mend = f"ln -s {steps[-1]} {folder / name}" if name == "last" else "put it back"
+            raise ValueError(f"{folder} holds {', '.join(steps)} and has lost its {name}: {mend}")
 
 
 def _remove(path: Path) -> None:

@@ -326,7 +326,7 @@ def check_settings(
     c: ModelConfig, tokens: Tensor, max_new_tokens: int, temperature=0.0, top_k=None, top_p=None
 ) -> None:
     """ValueError for a prompt (b t) or settings that no text can be made from."""
-    require(tokens.shape[1] > 0, "the prompt is empty: give at least one token")
+    require(tokens.numel() > 0, "the prompt is empty: give at least one token")
     require(max_new_tokens >= 0, f"max_new_tokens {max_new_tokens} is negative")
     require(temperature >= 0, f"temperature {temperature} is negative, or no number: 0 is greedy")
     require(top_k is None or top_k >= 1, f"top_k {top_k} is below 1")

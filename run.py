@@ -59,8 +59,8 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
     """The run that the command line asks for, and whether it resumes one. Raises ValueError or
     OSError with the whole message."""
     args = vars(recipes.command_line(description).parse(argv))
-    path = args.pop("recipe") or HERE / "recipes" / "laptop.toml"
-    options = {key: args.pop(key) for key in OPTIONS if key in args}
+    given, options = args.pop("recipe"), {key: args.pop(key) for key in OPTIONS if key in args}
+    path = given or HERE / "recipes" / "laptop.toml"
     resuming, extra = "resume" in options, (options.keys() | args.keys()) - WITH_RESUME
     flags = " ".join("--" + name.replace("_", "-") for name in sorted(extra))
     refusal = f"--resume keeps the run's own recipe and cannot take {flags}: leave that out"
@@ -71,11 +71,13 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
     device, native_bf16 = choose_device(options.get("device"))
 
     # What to train: by the run's own recipe, or by a file, from a checkpoint's weights or new ones.
-    model = None
+    model, default_out = None, lambda recipe: Path("out", recipes.run_name(recipe, path.stem))
     if resuming:
-        default = Path("out", recipes.run_name(recipes.build(recipes.read_toml(path)), path.stem))
-        out = options["resume"] or options.get("out") or default
+        out = options["resume"] or options.get("out")
+        out = out or default_out(recipes.build(recipes.read_toml(path)))
         name, recipe, corpus_hash = read_record(out)
+        own = options.get("out", out) == out and (given is None or given.stem == name)
+        require(own, f"{out} has a folder and a recipe ({name}) of its own: give no other")
         source = out / "last"
     else:
         source = options.get("init")
@@ -84,7 +86,8 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
             model = Transformer.from_pretrained(source, device)
         base = model and model.config
         name, recipe = path.stem, recipes.build(recipes.read_toml(path), args, base, path.name)
-        out = options.get("out", Path("out", recipes.run_name(recipe, name)))
+        out = options.get("out", default_out(recipe))
+        checkpoint.check_links(out)
         written = str(out).encode(errors="ignore").decode()
         require(written == str(out), f"{out} is not UTF-8: safetensors opens no such --out")
 
@@ -109,8 +112,7 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
     model.recompute = recipe.recompute
     run = Run(recipe, name, out, corpus, needles, model.train(), device)
     run.bf16 = native_bf16 if recipe.bf16 is None else recipe.bf16
-    run.compile = options.get("compile")
-    run.micro_batch = options.get("micro_batch", 0)
+    run.compile, run.micro_batch = options.get("compile"), options.get("micro_batch", 0)
     run.max_steps = min(options.get("max_steps", recipe.steps), recipe.steps)
     if not resuming:
         check_backend(run)
@@ -132,9 +134,8 @@ def is_run(out: Path) -> bool:
 def claim(run: Run):
     """A context in which nobody else trains in the run's folder. ValueError where somebody does:
     training never waits."""
-    if RANK > 0:
-        return nullcontext()
-    return locked(run.out, f"another process trains {run.out}: wait, or choose another --out")
+    refusal = f"another process trains {run.out}: wait, or choose another --out"
+    return nullcontext() if RANK > 0 else locked(run.out, refusal)
 
 
 def begin(run: Run, argv: list[str]) -> None:
@@ -183,9 +184,9 @@ def save(run: Run, out: Path, improved: bool = False) -> None:
 
 def read_record(out: Path) -> tuple[str, recipes.Recipe, str]:
     """Name, recipe and corpus's hash of the run in `out`. FileNotFoundError where there is none."""
+    checkpoint.check_links(out)
     if not is_run(out):
-        mend = "it has no run with a checkpoint; start one without --resume"
-        raise FileNotFoundError(f"nothing to resume in {out}: {mend}")
+        raise FileNotFoundError(f"nothing to resume in {out}: start a run there without --resume")
     record = checkpoint.read_json(path := out / "run.json")
     try:
         recipe = recipes.build({**record["recipe"]}, name=str(path))
@@ -203,12 +204,11 @@ def resume(run: Run) -> list[dict]:
         state = torch.load(last / "training.pt", map_location="cpu", weights_only=True)
         run.step = checkpoint.typed(int, state["step"], "step")
         run.best, states = float(state["best"]), state["optimizers"]
-        require(0 <= run.step <= run.recipe.steps, "no step of the recipe's")
+    require(0 <= run.step <= run.recipe.steps, f"{last}: step {run.step} is beyond its run.json")
     check_backend(run)
     checkpoint.verify_config(last, asdict(config_at(run.recipe, run.step)), run.out / "run.json")
     run.model.load_state_dict(Transformer.from_pretrained(last, run.device).state_dict())
-    if RANK == 0:
-        run.log = run.out / "log.jsonl"
+    run.log = run.out / "log.jsonl" if RANK == 0 else run.log
     return states
 
 
@@ -222,14 +222,14 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         if path.is_file():
-            lines = [line for line in path.read_bytes().splitlines() if step_of(line) <= step]
-            kept = b"".join(line + b"\n" for line in lines)
+            entries = path.read_bytes().splitlines()
+            kept = b"".join(line + b"\n" for line in entries if step_of(line) <= step)
             checkpoint.replace_file(path, lambda partial: partial.write_bytes(kept))
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "ab", buffering=0)  # nothing is left to write when a disk is full
 
     def write(self, **entry) -> None:
         """Append, and let it be seen at once."""
-        print(json.dumps(entry), file=self.file, flush=True)
+        self.file.write(json.dumps(entry).encode() + b"\n")
 
 
 def step_of(line: bytes) -> float:

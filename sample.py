@@ -89,11 +89,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def sample(model, tokenizer, prompt: torch.Tensor, text: str, count: int, settings: dict) -> None:
     """Continue prompt (b t) in all rows at once; print the first as it comes, the others after. A
-    space at the end of `text` stands for the one that the first new token begins with."""
+    space at the end of a longer `text` stands for the one that the first new token begins with."""
     cache, eot = model.new_cache(len(prompt), prompt.shape[1] + count), tokenizer.eot_token
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half a character
     print(text, end="", flush=True)
-    started, times, rows, space = time.perf_counter(), [], [], " " * text.endswith(" ")
+    started, times, rows, space = time.perf_counter(), [], [], " " * text[1:].endswith(" ")
     for token in stream(model, prompt, count, stop=eot, cache=cache, **settings):
         times.append(time.perf_counter())
         rows.append(token.tolist())

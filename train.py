@@ -160,8 +160,7 @@ def evaluate(run: Run, stage: Stage, held_out: Needles | None, log: Log) -> str:
     entry = {"step": run.step, "length": stage.longest, "val_loss": nats, "val_bits_per_byte": bits}
     line = f"step {run.step}: validation loss {nats:.3f}, {bits:.3f} bits per byte"
     if held_out:
-        counts = held_out.counts(stage.longest)
-        examples = held_out_examples(held_out, stage.longest, 8, *counts)
+        examples = held_out_examples(held_out, stage.longest)
         entry["needles"] = needle_score(run.model, examples).exact
         line += f", needles {entry['needles']:.2f}"
     log.write(**entry)
@@ -196,11 +195,12 @@ def announce(run: Run) -> None:
     print(f"layers {config.pattern}: {' '.join(specs)}")
     for stage in recipe.stages():
         for length in stage.lengths:
-            kernels, d = f"length {length:,}, kernels sdpa for full layers", config.head_width
-            for window in {spec.window for spec in layer_plan(stage.config)} - {None}:
+            kernels, d = f"length {length:,}, kernels", config.head_width
+            for window in sorted({spec.window for spec in layer_plan(stage.config)}, key=bool):
                 kernel = choose_backend(run.model.backend, window, length, run.device, head_width=d)
-                kernels += f", {kernel} for windows of {window}"
-            print(f"steps {stage.start}..{stage.end - 1}: {stage.config.pattern}, {kernels}")
+                kernel = "sdpa" if (kernel, window) == ("banded", None) else kernel
+                kernels += f" {kernel} for {f'windows of {window}' if window else 'full layers'},"
+            print(f"steps {stage.start}..{stage.end - 1}: {stage.config.pattern}, {kernels[:-1]}")
     epochs = recipe.steps * recipe.batch_tokens / train
     tokens = f"{recipe.steps} steps of {recipe.batch_tokens:,} tokens"
     warning = f"; WARNING: more than {EPOCHS_TO_WARN} teach by heart, a larger corpus is wanted"

@@ -91,14 +91,12 @@ def validation_windows(corpus: Corpus, length: int, count: int) -> Tensor:
     return torch.from_numpy(np.stack([window(corpus.val, s, length, eot) for s in starts]))
 
 
-def held_out_examples(
-    needles: Needles, length: int, count: int, needles_each: int, questions_each: int
-) -> list[Example]:
-    """The same `count` needle examples of `length` tokens every time."""
-    return [
-        needles.example(np.random.default_rng([length, i]), length, needles_each, questions_each)
-        for i in range(count)
-    ]
+def held_out_examples(needles: Needles, length: int, count: int = 8, *each: int) -> list[Example]:
+    """The same `count` examples of `length` tokens every time, with so many needles and questions
+    `each`: by default those of training's evaluations."""
+    each = each or needles.counts(length)
+    rngs = (np.random.default_rng([length, i]) for i in range(count))
+    return [needles.example(rng, length, *each) for rng in rngs]
 
 
 def prefetch(make: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Batch]:
@@ -120,9 +118,10 @@ def check_fit(corpus: Corpus, stages, batch_tokens: int, seed: int, ranks: int) 
     if corpus.tokenizer.n_vocab > most:
         tokens = f"the corpus {corpus.folder} has {corpus.tokenizer.n_vocab:,} tokens"
         raise ValueError(f"{tokens} in its vocabulary and the model {most:,}: give another --init")
-    needles = None
+    needles = held_out = None
     if any(stage.needle_share for stage in stages):
         needles = Needles(corpus.tokenizer, corpus.train, evaluation=False)
+        held_out = Needles(corpus.tokenizer, corpus.val, evaluation=True)
     tokens = min(len(corpus.train), len(corpus.val))
     for stage in stages:
         for length in stage.lengths:
@@ -140,4 +139,6 @@ def check_fit(corpus: Corpus, stages, batch_tokens: int, seed: int, ranks: int) 
                 )
             # One sequence with needles: its names and lines are checked where it is made.
             training_batch(corpus, needles, seed, 0, length, length, float(stage.needle_share > 0))
+        if held_out:  # what an evaluation hides in the other split
+            held_out_examples(held_out, stage.longest)
     return needles

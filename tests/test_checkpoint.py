@@ -948,8 +948,8 @@ def test_atomic_folder_and_point(tmp_path):
         (partial / "file").write_text("2")
         raise RuntimeError
     assert [f.name for f in (tmp_path / "run").iterdir()] == ["a"]
-    (tmp_path / "run" / "b.partial").mkdir()  # what a killed process left
-    (tmp_path / "run" / "b.partial" / "stale").write_text("")
+    (tmp_path / "run" / ".b.partial").mkdir()  # what a killed process left
+    (tmp_path / "run" / ".b.partial" / "stale").write_text("")
     with checkpoint.atomic_folder(tmp_path / "run" / "b") as partial:
         (partial / "file").write_text("2")
     assert [f.name for f in (tmp_path / "run" / "b").iterdir()] == ["file"]

@@ -779,6 +779,11 @@ def test_generate_refuses(message, tokens, more):
         tiny().generate(torch.tensor(tokens, dtype=torch.long), **more)
 
 
+def test_generate_refuses_no_rows():
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        tiny().generate(torch.zeros(0, 3, dtype=torch.long))
+
+
 def test_a_compiled_loss_at_one_length_after_another():
     """As `train.py --compile` goes from phase to phase: a graph for each length, and no symbols."""
     model, traced = tiny("rN"), []

@@ -445,7 +445,7 @@ def test_a_kill_between_any_two_calls_loses_nothing(tmp_path, corpus_folder, mon
     count = three_steps(math.inf)
     assert count > 60  # the hook sees them
     for last in range(0, count, 17):  # I tried all of them once
-        for name in ("x", "x.partial"):
+        for name in ("x", ".x.partial"):
             shutil.rmtree(name, ignore_errors=True)
         if last % 2:
             shutil.copytree("blank", "x")
@@ -458,6 +458,58 @@ def test_a_kill_between_any_two_calls_loses_nothing(tmp_path, corpus_folder, mon
         assert weights(tmp_path / "x") == weights(tmp_path / "whole"), last
         assert logged_steps(tmp_path / "x") == [1, 2, 3, 4]
         assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_copy_that_lost_its_links_is_nobodys_to_take_over(run, error, tiny, corpus_folder):
+    """As tools leave it that skip links; nor one without its run.json."""
+    run("--out", "x", "--max-steps", "2")
+    shutil.copytree("x", "y")
+    shutil.copytree("x", "z")
+    for name in ("last", "best"):
+        shutil.rmtree(Path("y", name))  # copies of what they point to
+    Path("z", "run.json").unlink()
+    weights_of_y = Path("y", "step-000002", "model.safetensors")
+    before = weights_of_y.read_bytes()
+    for folder, mend in (("y", "ln -s step-000002 y/last"), ("z", "run.json: put it back")):
+        for words in (["--resume", folder], [tiny, "--data", corpus_folder, "--out", folder]):
+            assert mend in error(train.main, *words)
+            assert mend in error(train.main, *words, "--max-steps", "0")
+    assert weights_of_y.read_bytes() == before
+    Path("y", "last").symlink_to("step-000002")
+    run("--resume", "y", "--max-steps", "4", recipe=None)
+
+
+def test_a_text_too_small_to_evaluate_on_is_refused_before_the_first_step(
+    run, error, tiny, tmp_path
+):
+    """Its validation split holds a window of plain text, and no example with needles."""
+    text = Path(os.__file__).with_name("argparse.py").read_text()
+    prepare([("a", text[:60_000])], tmp_path / "c", vocab_size=1024)
+    corpus = load_corpus(tmp_path / "c")
+    assert 64 < len(corpus.val) < 2048 < len(corpus.train)
+    line = error(train.main, tiny, "--data", tmp_path / "c", "--out", "x")
+    assert "an example needs" in line and not Path("x").exists()
+
+
+def test_the_first_lines_name_the_kernels(run, capsys):
+    for flags, said in (
+        (["--pattern", "rrrN"], "kernels sdpa for full layers, banded for windows of 16\n"),
+        (["--backend", "reference"], "kernels reference for full layers, reference for windows"),
+        (["--pattern", "R", "--backend", "banded"], "kernels sdpa for full layers\n"),
+        (["--pattern", "r"], "kernels banded for windows of 16\n"),
+    ):
+        run("--max-steps", "0", "--out", "x", *flags)
+        assert said in capsys.readouterr().out
+
+
+def test_a_resume_takes_no_other_recipe_or_folder(run, error, tiny, tmp_path):
+    run("--out", "x", "--max-steps", "2")
+    other = tmp_path / "other.toml"
+    other.write_text(TINY)
+    for words in ([other, "--resume", "x"], ["--resume", "x", "--out", "y"]):
+        assert "x has a folder and a recipe (tiny) of its own" in error(train.main, *words)
+    run("--resume", "x", "--out", "x", "--max-steps", "4")
+    assert logged_steps(Path("x")) == [1, 2, 3, 4]
 
 
 def test_of_two_trainings_of_one_folder_one_is_refused_at_once(run, error, tiny, corpus_folder):
@@ -569,7 +621,8 @@ def test_a_crafted_state_is_one_line(run, error, tmp_path, change):
     change(state)
     torch.save(state, path)
     checkpoint.write_checksums(path.parent)
-    assert "training.pt is damaged" in error(train.main, "--resume", "x")
+    line = error(train.main, "--resume", "x")
+    assert "training.pt is damaged" in line or "is beyond its run.json" in line
 
 
 def test_optimizers_are_the_recipes(run, tmp_path):
@@ -1276,8 +1329,10 @@ def test_a_space_at_the_end_of_a_prompt_belongs_to_the_next_token(run, capsys, m
         sample.main(["--prompt", prompt])
         assert seen[-1] == tokenizer.encode_ordinary(prompt.removesuffix(" "))
         assert capsys.readouterr().out.startswith(prompt.removesuffix(" ") + said)
-    sample.main(["--prompt", " "])
+    capsys.readouterr()
+    sample.main(["--prompt", " "])  # which is read as it is, so that nothing else stands for it
     assert seen[-1] == tokenizer.encode_ordinary(" ")
+    assert capsys.readouterr().out.startswith(" " + said)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process that is sent an interrupt")
