@@ -27,7 +27,7 @@ from pathlib import Path
 from commandline import CommandLine, guarded
 from exercises.harness import BONUS, EXERCISES, HERE, LARGEST, Result, Wrong, checks, load, run
 
-START = 180  # seconds in which torch is imported
+START, DAY = 180, 86_400  # seconds in which torch is imported; the most that a check may take
 WORK = "import sys; sys.path.insert(0, sys.argv[1]); from exercises.grade import work; work()"
 ELSEWHERE = {"checks", "solutions", "tests", "venv", "__MACOSX", "__pycache__"}  # of a clone
 
@@ -218,8 +218,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=jobs, help=f"students at once (here: {jobs})")
     args = parser.parse(argv)
     for name in ("seconds", "jobs"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
+        if not 0 < getattr(args, name) <= DAY:
+            raise ValueError(f"--{name} {getattr(args, name)} must be above 0, and {DAY} at most")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed} is not in [0, 2**63)")
     if not args.submissions.is_dir():
         raise FileNotFoundError(f"{args.submissions} is no folder")
     folders = sorted(path for path in args.submissions.iterdir() if path.is_dir())

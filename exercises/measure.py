@@ -49,6 +49,8 @@ def opened(count: int) -> tuple[list[Transformer], Corpus]:
         folder = Path(record["recipe"]["data"])
     except FileNotFoundError:
         folder = DEFAULT_CORPUS
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"the run.json beside {paths[0]} is damaged ({error!r})") from None
     corpus = load_corpus(folder)
     for path, model in zip(paths, models):
         found, wanted = model.config.vocab_size, corpus.tokenizer.n_vocab

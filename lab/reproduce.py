@@ -512,6 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     runs.add_rates(parser)
     args = parser.parse(argv)
     at_least(1, seeds=args.seeds)
+    require(args.seeds <= 1000, f"--seeds {args.seeds} are more than anybody trains: 1,000 or less")
     runs.MAY_RUN = not args.recorded
     needs = lambda number: set(CLAIMS[number].get("needs", ()))
     ready = [number for number in CLAIMS if needs(number) <= set(SCALES[args.scale])]

@@ -184,8 +184,12 @@ def records() -> dict[str, dict]:
 
 @lru_cache(maxsize=1)  # while the file stands still
 def _read(path: Path, *version: int) -> dict[str, dict]:
-    made = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {record.pop("key"): record for record in made}
+    try:
+        made = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return {record.pop("key"): record for record in made}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        mend = "take the line that is no record out, or put the file back"
+        raise ValueError(f"{path} is damaged ({error!r}): {mend}") from None
 
 
 def kept(identity: list, make: Callable[[], dict]) -> dict:

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
-from checkpoint import read_json, typed
+from checkpoint import read_json, typed, typed_fields
 from commandline import CommandLine, guarded
 from evaluate import Score
 from lab.curves import read_log
@@ -44,8 +44,7 @@ def read_run(folder: Path) -> dict:
 
 def read_score(score: dict) -> Score:
     """A line of a run's own table."""
-    typed(float, score["exact"], "exact")
-    return Score(**score)
+    return Score(**typed_fields(Score, score, "table: "))
 
 
 def page(runs: list[dict], title: str) -> str:

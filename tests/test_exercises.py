@@ -7,6 +7,7 @@ import csv
 import importlib
 import io
 import json
+import math
 import re
 import shutil
 import sys
@@ -262,7 +263,7 @@ def hand_in(folder, **texts):
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
 
 
-def test_a_class_comes_out(tmp_path, capsys):
+def test_a_class_comes_out(tmp_path, error):
     """A class of four, graded by the command."""
     room = tmp_path / "class"
     some = {name: SOLUTIONS[name] for name in ("e01_rotate", "e04_window", "e05_pattern")}
@@ -301,6 +302,8 @@ def test_a_class_comes_out(tmp_path, capsys):
     said = (feedback / "wrong way.txt").read_text(encoding="utf-8")
     assert "quarter_turn" in said and "turned the wrong way" in said
     assert len(list(feedback.iterdir())) == 4
+    for flag, value in (("--seed", 2**64), ("--seed", -1), ("--seconds", math.inf), ("--jobs", 0)):
+        assert f"{flag} {value}" in error(grade.main, room, flag, value)
 
 
 def students_pytest(folder, *words):

@@ -75,7 +75,7 @@ def test_the_table_of_runs(tmp_path, capsys):
 
 def test_curves(tmp_path, capsys):
     write_run(tmp_path / "a", "rrrN", 0.95)
-    curves.main([str(tmp_path / "a"), "--out", str(tmp_path / "c.png")])
+    curves.main([str(tmp_path / "a"), "--out", str(tmp_path / "c")])  # a picture all the same
     assert "needles 0.95" in capsys.readouterr().out and (tmp_path / "c.png").stat().st_size > 1000
 
 
@@ -105,7 +105,9 @@ def test_an_unfinished_run_is_named(tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("gone", ["arguments", "recipe", "corpus", "threads", "val_loss", "exact"])
+@pytest.mark.parametrize(
+    "gone", ["arguments", "recipe", "corpus", "threads", "val_loss", "exact", "error"]
+)
 def test_a_run_with_less_than_a_row_needs_is_named(gone, tmp_path, capsys):
     write_run(tmp_path / "a", "rrrN", 0.95)
     for file in (tmp_path / "a" / "run.json", tmp_path / "a" / "log.jsonl"):

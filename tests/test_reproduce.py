@@ -473,6 +473,10 @@ def test_records_of_several_writers_and_of_a_cut(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         runs.kept(["it", 12], lambda: make(12))
     assert runs.RECORDS.read_text() == text
+    for damage in ("{}", "nonsense", "[1]"):
+        runs.RECORDS.write_text(text + damage + "\n")
+        with pytest.raises(ValueError, match="runs.jsonl is damaged"):
+            runs.records()
 
 
 def made_up(plan, corpus, treatment, what):
@@ -637,6 +641,7 @@ def test_only_some_claims(corpus_folder, tmp_path, monkeypatch, capsys):
         (["--only", "19"], "--only: invalid choice: 19"),
         (["--only", "15", "--scale", "gpu"], "--only 15: the scale gpu has no recipe"),
         (["--seeds", "0"], "--seeds 0"),
+        (["--seeds", str(10**20)], "--seeds 1000"),
         (["--scale", "huge"], "'huge'"),
         (["--rates", "2"], "--rates 2"),
     ):
