@@ -567,7 +567,10 @@ def pointed(folder: Path) -> set[str]:
 
 def check_links(folder: Path) -> None:
     """ValueError where a run's folder holds checkpoints and has lost its run.json or the link
-    `last`, as a copy does that skips links. (step-000000 is what a kill at the start leaves.)"""
+    `last`, as a copy does that skips links (step-000000 is what a kill at the start leaves), and
+    NotADirectoryError where it is a file."""
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file: a run wants a folder, give another --out")
     steps = sorted(f.name for f in folder.glob("step-*") if re.fullmatch(STEP, f.name))
     steps = [name for name in steps if int(name.removeprefix("step-"))]
     for name in ("last", "run.json"):

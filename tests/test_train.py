@@ -460,7 +460,9 @@ def test_a_kill_between_any_two_calls_loses_nothing(tmp_path, corpus_folder, mon
         assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_copy_that_lost_its_links_is_nobodys_to_take_over(run, error, tiny, corpus_folder):
+def test_a_copy_that_lost_its_links_is_nobodys_to_take_over(
+    run, error, tiny, corpus_folder, tmp_path
+):
     """As tools leave it that skip links; nor one without its run.json."""
     run("--out", "x", "--max-steps", "2")
     shutil.copytree("x", "y")
@@ -475,6 +477,8 @@ def test_a_copy_that_lost_its_links_is_nobodys_to_take_over(run, error, tiny, co
             assert mend in error(train.main, *words)
             assert mend in error(train.main, *words, "--max-steps", "0")
     assert weights_of_y.read_bytes() == before
+    assert "tiny.toml is a file" in error(train.main, tiny, "--out", tiny)
+    assert not list(tmp_path.glob(".tiny.toml*"))
     Path("y", "last").symlink_to("step-000002")
     run("--resume", "y", "--max-steps", "4", recipe=None)
 
