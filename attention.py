@@ -75,8 +75,9 @@ def visible(q_pos: Tensor, k_pos: Tensor, window: int | None = None) -> Tensor:
     """True where a query sees a key; elementwise, so that q_pos[:, None] and k_pos[None, :] give
     the (t s) mask.
 
-    The one definition of causality and of a window in this repository: `window` keys, the query's
-    own included. A key position of -1 is an empty slot of a cache.
+    The one definition of causality and of a window (flex repeats it for whole blocks): `window`
+    keys, the query's own included. By this mask, and by what rotated layers below have written, a
+    layer without positions tells an order too. A key position of -1 is an empty slot of a cache.
 
         full (None)        window = 3
         q\\k 0 1 2 3 4 5    q\\k 0 1 2 3 4 5
@@ -134,8 +135,8 @@ BACKENDS = ("auto", "reference", "sdpa", "banded", "flex")
 def kernel_for(
     window: int | None, t: int, device: torch.device, backend="auto", q_pos=None, k_pos=None
 ) -> Kernel:
-    """Causal attention of t queries as a function of (q, k, v), its mask already made, so that all
-    layers of one window share it. Positions as in `attention_weights`.
+    """Causal attention of t queries as a function of (q, k, v); a mask, where it needs one, is made
+    here, once for all layers of one window. Positions as in `attention_weights`.
 
         reference   the lines above                                     tests, readers
         sdpa        PyTorch's fused kernel, a dense mask for a window   anywhere
@@ -182,11 +183,11 @@ def choose_backend(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, window=None, backend="auto", q_pos=None, k_pos=None
 ) -> Tensor:
-    """Causal attention of q (b h t d) over k and v (b k s d) -> (b h t d), k dividing h. Positions
+    """Causal attention of q (b h t d) over k and v (b k s d), k dividing h, -> (b h t d). Positions
     as in `attention_weights`, backends as in `kernel_for`, and their errors."""
-    h, heads, t = q.shape[1], k.shape[1], q.shape[2]
-    if h % heads:
-        raise ValueError(f"{h} query heads cannot share {heads} key/value heads: use a divisor")
+    h, k_heads, t = q.shape[1], k.shape[1], q.shape[2]
+    if h % k_heads:
+        raise ValueError(f"{h} query heads cannot share {k_heads} key/value heads: use a divisor")
     check_positions(q, k, q_pos, k_pos)
     backend = choose_backend(backend, window, t, q.device, q_pos is not None, q.shape[3])
     return kernel_for(window, t, q.device, backend, q_pos, k_pos)(q, k, v)
@@ -208,7 +209,7 @@ class Shared:
     table: Tensor  # for rotate: complex (t d/2), or real (t d/2 2) where it is compiled
     scale: Tensor | None  # length_scale of the queries (t), None for "none"
     attend: dict[int | None, Kernel]  # by window
-    cache: KVCache | None  # None where the tokens are a whole sequence
+    cache: KVCache | None  # None where nothing is kept for later tokens
 
 
 class Attention(nn.Module):
@@ -223,10 +224,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.d_model, config.n_kv_head * d, bias=False)
         self.v_proj = nn.Linear(config.d_model, config.n_kv_head * d, bias=False)
         self.o_proj = nn.Linear(config.n_head * d, config.d_model, bias=False)
-        if self.qk_norm:  # over the head width, one gain (d) for all heads (section 2)
+        if self.qk_norm:  # over the head width, one gain (d) for all heads (paper, section 2)
             self.q_norm = nn.LayerNorm(d, config.norm_eps, bias=False)
             self.k_norm = nn.LayerNorm(d, config.norm_eps, bias=False)
-        if self.ssmax:  # see length_scale
+        if self.ssmax:  # see length_scale; 1 / (the mean of ln n for n from 1 to 1,024)
             self.s_scale = nn.Parameter(torch.full((config.n_head,), 0.168))
 
     def forward(self, x: Tensor, spec: LayerSpec, shared: Shared, layer: int) -> Tensor:
@@ -238,11 +239,11 @@ class Attention(nn.Module):
         """Everything between the projections: q (b t (h d)), k and v (b t (k d)) -> (b t (h d))."""
         b, t, _ = q.shape
         q, k, v = (x.view(b, t, -1, self.head_dim) for x in (q, k, v))
-        if self.qk_norm:  # before the rotation (section 2)
+        if self.qk_norm:  # before the rotation (paper, section 2)
             q, k = self.q_norm(q).type_as(q), self.k_norm(k).type_as(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b h t d), (b k t d)
 
-        if spec.rope:  # a RoPE layer knows where it is, a NoPE layer does not (section 4)
+        if spec.rope:  # a RoPE layer is told where it is, a NoPE layer not (paper, section 4)
             q, k = rotate(q, shared.table), rotate(k, shared.table)
 
         if shared.cache is not None:  # these queries meet what was there before as well
@@ -273,7 +274,7 @@ def scaled_frequencies(
     YaRN), for contexts `factor` times as long as the trained one, `original_length`.
 
     "pi" is position interpolation (2306.15595); "ntk" and "yarn" stand in 2309.00071. A raise of
-    theta (section 2) needs none of them. ValueError for an unknown scaling, or YaRN without length.
+    theta (paper, section 2) needs none of them. ValueError if unknown, or YaRN without length.
     """
     one_of("rope_scaling", scaling, ROPE_SCALINGS)
     if scaling == "ntk":  # stretches the slowest pair by the factor and leaves the fastest alone

@@ -123,7 +123,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Normal at fan_in^-0.5, over sqrt(2 n_layer) where x is written; embeddings at 0.02."""
+        """Std fan_in^-0.5, divided by sqrt(2 n_layer) in o_proj and down_proj; embeddings 0.02."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 p.normal_(std=p.shape[1] ** -0.5)
@@ -153,8 +153,8 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def share(self, t: int, device, cache: KVCache | None, weights=None, table=None) -> Shared:
-        """What the layers of a forward over the next t tokens share; a cache counts them. `table`
-        is their rotary table, where it has been made before."""
+        """What the layers of a forward over the next t tokens share; moves the cache on by t.
+        `table`: their rotary table, where it has been made before."""
         c, plan, backend = self.config, self.plan, self.backend
         owns = c.qk_norm, self.owns[1] if c.length_scale == "none" else c.length_scale == "ssmax"
         require(owns == self.owns, "qk_norm and ssmax own weights: build the model with them")
@@ -167,11 +167,11 @@ class Transformer(nn.Module):
             if weights is not None:
                 return lambda *qkv: attention.reference(*qkv, window, q_pos, k_pos, weights)
             chosen = attention.choose_backend(backend, window, t, device, not whole, c.head_width)
-            if whole:  # `backend` names the windowed layers' kernel
+            if whole:  # "banded" is for windows: full layers then take sdpa
                 chosen = "sdpa" if chosen == "banded" and window is None else chosen
                 return attention.kernel_for(window, t, device, chosen)
             if cache.all_visible(t):
-                return sdpa
+                return sdpa  # one query, and the ring holds just what it sees: no mask
             chosen = "reference" if chosen == "reference" else "sdpa"  # others take whole sequences
             return attention.kernel_for(window, t, device, chosen, q_pos, k_pos)
 
@@ -197,7 +197,7 @@ class Transformer(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum of weight x negative log-likelihood in nats, over tokens and targets (b t); a target
-        of -100 does not count. weights (b t) float; None: their mean, 1 / (targets that count)."""
+        of -100 does not count. weights (b t) float; None: 1 / (targets that count) each."""
         hidden, scale = self.hidden(tokens), self.config.logit_scale
         output = self.embed_tokens if self.config.tie_embeddings else self.lm_head
         return linear_cross_entropy(hidden, output.weight, targets, weights, scale)
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
 
     def flops_per_token(self, length: int) -> float:
         """Training FLOPs of a token in sequences of `length`: 6 N + 12 d h x visible pairs per
-        token, summed over layers. A window makes the number smaller, not the model look slower."""
+        token, summed over layers: causal pairs alone, for full layers half of nanoGPT's count."""
         pairs = sum(attention.visible_pairs(length, spec.window) for spec in self.plan)
         d_h = self.config.head_width * self.config.n_head
         return 6 * self.matmul_parameters() + 12 * d_h * (pairs / length)

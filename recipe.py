@@ -28,7 +28,7 @@ from model import ModelConfig, require
 
 OVERRIDES = ("pattern", "window", "rope_theta", "rope_scaling", "rope_factor")
 OVERRIDES += ("rope_original_length", "length_scale", "length_base")
-HELD = ("windowed", "needle_share", "answer_weight", "lr", "warmup")  # of Recipe; a phase may too
+HELD = ("windowed", "needle_share", "answer_weight", "lr", "warmup")  # of Recipe and of Phase
 TREATMENT = (*OVERRIDES, "trained_length")  # other fields of ModelConfig are the model's shape
 
 
@@ -63,9 +63,9 @@ class Recipe:
     data: str = str(DEFAULT_CORPUS)  # a prepared corpus
     stretch: int = 1  # every phase has so many times its steps
     batch_tokens: int = 4096  # per step, over all micro-batches and processes
-    windowed: bool = False  # a pattern without windows is r, or n for N, up to its last layer
+    windowed: bool = False  # train R as rrrR, RN as rrrN, N as nnnN; others as they are
     needle_share: float = 0.0  # of the sequences that carry needles
-    answer_weight: float = 0.5  # of all answers to needles together, beside 1 for all other text
+    answer_weight: float = 0.5  # of all answers together; text 1 in all, less its needle lines
     lr: float = 0.006  # of Muon (matched to AdamW's scale) and AdamW alike
     warmup: int = 50  # steps
     weight_decay: float = 0.01  # of the matrices inside the layers
@@ -223,7 +223,7 @@ def build(
 
     `base` is the configuration of the checkpoint that training starts from: what neither file nor
     flags say is as it was there; its shape cannot change, and its treatment of positions only by a
-    flag or a phase. A flag holds in every phase if the first sets its field. Raises ValueError.
+    flag or a phase. A flag holds in every phase if the first sets its field, or at 0. ValueError.
     """
     flags, tables = dict(flags or {}), dict(tables)
     table, phases = tables.pop("model", {}), tables.pop("phase", [])
@@ -235,7 +235,7 @@ def build(
     phase = tuple(read_phase(each, f"{name}: phase {i}: ") for i, each in enumerate(phases, 1))
     for flag in flags:
         setting = [i for i, each in enumerate(phase, 1) if getattr(each, flag, None) is not None]
-        if setting[:1] == [1]:  # a schedule from the first step on: the flag takes its place
+        if setting and (setting[0] == 1 or not flags[flag]):  # from the first step on, or off
             phase, setting = tuple(replace(each, **{flag: None}) for each in phase), []
         ruled = f"--{flag.replace('_', '-')} would be overruled by phase {min(setting, default=0)}"
         require(not setting, f"{ruled} of {name}, which sets {flag}: edit the recipe")
@@ -310,7 +310,7 @@ def command_line(description: str | None) -> CommandLine:
     add("--max-steps", "stop after so many, the schedule unchanged; 0 only evaluates", **count)
     add("--micro-batch", "tokens per forward and process (default: what fits)", **count)
     add("--device", "cuda, cpu or mps (default: cuda where there is one, else cpu)")
-    add("--backend", "the windowed layers' kernel (default: auto)", choices=BACKENDS)
+    add("--backend", "attention's kernel; banded: for windows (default: auto)", choices=BACKENDS)
     add("--compile", "torch.compile (default: on CUDA where it pays)", action=switch)
     for f in (*fields(Recipe), *fields(ModelConfig)):
         if f.name in ("model", "phase", "vocab_size", "trained_length"):
@@ -318,7 +318,7 @@ def command_line(description: str | None) -> CommandLine:
         kind = plain_type(f.type)
         how = {"type": partial(flag_value, f.type), "metavar": kind.__name__.upper()}
         how = {"action": switch} if kind is bool else how
-        add("--" + f.name.replace("_", "-"), f"default: {f.default}", **how)
+        add("--" + f.name.replace("_", "-"), f"where no recipe says: {f.default}", **how)
     return parser
 
 

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(path)
     has, knows = tokenizer.n_vocab, model.config.vocab_size
     require(has <= knows, f"{path}: its tokenizer has {has} tokens and its model {knows}")
-    # A space at the end is the beginning of the next token: the model writes that whole.
+    # Tokens begin with their space: one at the end is left off, for the model to write " word".
     ids = [tokenizer.bos_token, *tokenizer.encode_ordinary(text.removesuffix(" ") or text)]
     prompt = torch.tensor([ids], device=device).expand(args.samples, -1)
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}

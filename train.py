@@ -49,8 +49,8 @@ def make_optimizers(model: Transformer, recipe: Recipe, bf16: bool = False) -> l
 
 
 def restore(run: Run, states: list[dict]) -> None:
-    """Give the optimizers the averages of a checkpoint; their settings are the recipe's. ValueError
-    where they are none of these parameters'."""
+    """Load a checkpoint's momenta and moments into the optimizers; rates and decay stay the
+    recipe's. ValueError where names or shapes do not fit the parameters."""
     names = ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")  # of Muon, of AdamW
     with damaged(run.out / "last" / "training.pt"):
         for optimizer, state, kept in zip(run.optimizers, states, names, strict=True):
@@ -69,9 +69,9 @@ def train(run: Run) -> None:
     loss = one_graph(loss, dynamic=False) if run.compile else loss
     log = Log(run.log, run.step)
     steps = range(run.step, run.max_steps)
-    hidden = None if steps and parallel.RANK == 0 else True  # None: shown on a terminal
+    disable = None if steps and parallel.RANK == 0 else True  # None: shown on a terminal alone
     bar = tqdm(
-        total=recipe.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=hidden
+        total=recipe.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=disable
     )
 
     batches = prefetch(lambda step: batch_of(run, step), steps)
@@ -80,7 +80,7 @@ def train(run: Run) -> None:
         stage = recipe.stage_at(step)
         model.config = stage.config  # a phase may change how positions are treated
         if step == stage.start:
-            run.best = math.inf
+            run.best = math.inf  # losses at other lengths or positions do not compare
 
         # One update.
         started = time.perf_counter()
@@ -126,8 +126,8 @@ def batch_of(run: Run, step: int) -> Batch:
 
 
 def update(run: Run, batch: Batch, loss_of: Callable, lr: float) -> tuple[float, float]:
-    """One step of both optimizers, by micro-batches -> (loss, gradient norm before clipping). A
-    loss that is not finite changes nothing."""
+    """One step of both optimizers, by micro-batches -> (loss as training_batch weighs it, gradient
+    norm before clipping). What is not finite changes nothing."""
     batch = parallel.own_rows(batch)
     rows = max(1, run.micro_batch // batch.tokens.shape[1])
     total = torch.zeros((), device=run.device)
@@ -150,12 +150,12 @@ def update(run: Run, batch: Batch, loss_of: Callable, lr: float) -> tuple[float,
 
 
 def autocast(run: Run):
-    """bfloat16 products and residual stream where the recipe says so or the device has units."""
+    """bfloat16 products and residual stream: as the recipe says, else where there are units."""
     return torch.autocast(run.device.type, torch.bfloat16) if run.bf16 else nullcontext()
 
 
 def evaluate(run: Run, stage: Stage, held_out: Needles | None, log: Log) -> str:
-    """Validation loss and needles at the phase's longest length, logged, and a checkpoint."""
+    """Validation loss, and needles as dense as in training, at its longest length; a save."""
     nats, bits = validation_loss(run.model, run.corpus, stage.longest, run.recipe.eval_tokens)
     entry = {"step": run.step, "length": stage.longest, "val_loss": nats, "val_bits_per_byte": bits}
     line = f"step {run.step}: validation loss {nats:.3f}, {bits:.3f} bits per byte"

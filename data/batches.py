@@ -43,7 +43,8 @@ class Batch:
 
 
 def window(ids: np.ndarray, start: int, length: int, eot: int) -> np.ndarray:
-    """(length + 1): end-of-text, then `length` tokens of plain text from `start`."""
+    """(length + 1): end-of-text, then `length` tokens of plain text from `start`. Documents follow
+    one another there, and attention sees across."""
     return np.concatenate(([eot], ids[start : start + length])).astype(np.int64)
 
 

@@ -204,6 +204,11 @@ def test_a_flag_takes_the_place_of_a_schedule_from_the_first_step(tmp_path):
     tables["phase"][0].pop("window")
     with pytest.raises(ValueError, match="--window would be overruled by phase 2"):
         recipes.build(tables, {"window": 4})
+    tables["phase"][1]["needle_share"] = 0.5
+    with pytest.raises(ValueError, match="--needle-share would be overruled by phase 2"):
+        recipes.build(tables, {"needle_share": 0.1})
+    none = recipes.build(tables, {"needle_share": 0.0})  # off is off
+    assert [stage.needle_share for stage in none.stages()] == [0, 0]
 
 
 def test_a_pattern_without_windows_begins_with_them(tmp_path):
