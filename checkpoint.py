@@ -75,7 +75,9 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 def to_json(config: dict, dtype: str = "float32") -> dict:
     """What config.json says of ModelConfig's fields."""
-    return to_cohere2(config, dtype) or {"model_type": OURS, **config}
+    ours = {"model_type": OURS, **config}
+    ours["scaling"] = ours.pop("rope_scaling")  # where transformers wants a table, of any model
+    return to_cohere2(config, dtype) or ours
 
 
 def to_cohere2(config: dict, dtype: str) -> dict | None:
@@ -139,12 +141,16 @@ def load_config(path: str | Path) -> dict:
         mend = "give a checkpoint's folder; `python train.py` makes one"
         raise FileNotFoundError(f"{file} not found: {mend}")
     raw = read_json(file)
-    if raw.get("model_type") == OURS:
-        return {key: value for key, value in raw.items() if key != "model_type"}
     try:
-        return _from_cohere2(raw)
+        return _ours(raw) if raw.get("model_type") == OURS else _from_cohere2(raw)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _ours(raw: dict) -> dict:
+    """ModelConfig's fields of a model_type of our own; those written before have rope_scaling."""
+    fields = {key: raw[key] for key in raw if key not in ("model_type", "scaling")}
+    return fields | ({"rope_scaling": raw["scaling"]} if "scaling" in raw else {})
 
 
 def read_config(path: str | Path, cls):
@@ -240,7 +246,8 @@ def _from_rope(raw: dict) -> dict:
         if factor is None:
             raise ValueError(f"rope_type {kind!r} needs a factor")
     if scaling == "yarn":
-        _only_implemented(rope, YARN)
+        truncates = bool(rope.get("truncate", True))  # null is False to transformers
+        _only_implemented(rope | {"truncate": truncates}, YARN)
         own = 0.1 * math.log(max(factor, 1)) + 1  # as transformers has it where none is given
         amplitude = _typed(rope, "attention_factor", float, None)
         if amplitude is not None and not math.isclose(amplitude, own, rel_tol=1e-6):

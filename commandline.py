@@ -54,12 +54,16 @@ def fail(error: BaseException | str, alone: bool = False) -> NoReturn:
     speaks for itself."""
     if int(os.environ.get("RANK", 0)) > 0 and not alone:
         sys.exit()
-    line = " ".join(str(error).split())
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    line = printable(" ".join(str(error).split()))
     print(
         "error:", line if len(line) < 2000 else f"{line[:1400]} ... {line[-500:]}", file=sys.stderr
     )
     sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """The text, with what would move a terminal's cursor written out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def guarded(main: Callable) -> Callable:

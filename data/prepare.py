@@ -30,7 +30,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from tqdm import tqdm
 
-from commandline import CommandLine, guarded, locked, read_input
+from commandline import CommandLine, guarded, locked, printable, read_input
 from data.corpus import DEFAULT_CORPUS, FORMAT, Corpus, dtype_for, load_corpus
 from data.tokenizer import (
     Tokenizer,
@@ -99,7 +99,8 @@ def read_all(files: Iterable[tuple[str, Path]], where: Path | str) -> Documents:
             left_out.append(str(error))
     if documents and left_out:
         count = len(documents) + len(left_out)
-        print(f"{where}: left out {len(left_out)} of {count} files, such as {left_out[0]}")
+        some = f"left out {len(left_out)} of {count} files, such as {left_out[0]}"
+        print(printable(f"{where}: {some}"))
     return documents
 
 
@@ -164,7 +165,7 @@ def from_package(name: str) -> Documents:
 def from_url(url: str, sha256: str | None = None, timeout: float = 30.0) -> Documents:
     """Download one text file into memory and check it before use. Raises OSError when it cannot be
     had whole, ValueError when it is not what was asked for."""
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not url.lower().startswith(("http://", "https://")):
         raise ValueError(
             f"--url {url} is not an http:// or https:// address; for a local file use --text"
         )
@@ -429,6 +430,13 @@ def check_flags(args: Namespace) -> None:
     """Raises ValueError for flags that contradict each other."""
     if args.sha256 is not None and args.url is None:
         raise ValueError("--sha256 checks a download; give --url too, or leave it out")
+    texts = [path.resolve() for path in args.text]
+    for i, path in enumerate(texts):
+        if any(map(path.is_relative_to, texts[:i] + texts[i + 1 :])):
+            again = f"--text {args.text[i]} is in another --text too"
+            raise ValueError(f"{again}, so that a text might stand in both splits: name it once")
+    if len(set(args.packages)) < len(args.packages):
+        raise ValueError(f"--packages {' '.join(args.packages)}: name each once")
     digits = set((args.sha256 or "").lower())
     if args.sha256 is not None and (len(args.sha256) != 64 or digits - set("0123456789abcdef")):
         raise ValueError(
@@ -441,6 +449,18 @@ def check_flags(args: Namespace) -> None:
         )
 
 
+def named_after(source: str) -> Path:
+    """The folder of a corpus from that path or address or package. ValueError where it has no name
+    for one."""
+    try:
+        name = Path(os.path.realpath(unquote(urlsplit(source).path))).stem or "text"
+    except ValueError as error:
+        raise ValueError(f"{source} is no path or address ({error}): correct it") from None
+    if name == DEFAULT_CORPUS.name:
+        raise ValueError(f"{source} would take the place of {DEFAULT_CORPUS}: give another --out")
+    return DEFAULT_CORPUS.with_name(name)
+
+
 @guarded
 def main(argv: list[str] | None = None) -> None:
     """The command."""
@@ -448,10 +468,7 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(args)
     vocab_size = 2048 if args.vocab_size is None else args.vocab_size
     sources = [*map(str, args.text), *([] if args.url is None else [args.url]), *args.packages]
-    name = DEFAULT_CORPUS.name
-    if sources:
-        name = Path(os.path.realpath(unquote(urlsplit(sources[0]).path))).stem or "text"
-    out = args.out or DEFAULT_CORPUS.with_name(name)
+    out = args.out or (named_after(sources[0]) if sources else DEFAULT_CORPUS)
     check_out(out)  # before any work
 
     documents = [document for path in args.text for document in from_text(path)]

@@ -111,6 +111,7 @@ class Tokenizer:
             "eos_token": EOT,
             "pad_token": EOT,
             "add_bos_token": True,
+            "model_input_names": ["input_ids", "attention_mask"],  # for `generate` of 4.57
             "padding_side": "left",  # so that ragged prompts go on where they end
             "clean_up_tokenization_spaces": False,
         }

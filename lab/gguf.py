@@ -12,8 +12,9 @@ from pathlib import Path
 import checkpoint
 from commandline import CommandLine, guarded
 from data.tokenizer import EOT, GPT2_PATTERN, PATTERN, Tokenizer, load_tokenizer
-from model import ModelConfig, Transformer, require
+from model import ModelConfig, Transformer, layer_plan, require
 
+LONGEST = 2**24  # a window: llama.cpp multiplies it by its slots, in 32 bits
 PRETOKENIZERS = {PATTERN: "qwen2", GPT2_PATTERN: "gpt-2"}  # llama.cpp's names
 
 
@@ -22,6 +23,7 @@ def check(c: ModelConfig, tokenizer) -> None:
     cannot = "llama.cpp's cohere2 cannot express"
     letters = "n" in c.pattern or {"r", "R"} <= set(c.pattern)
     require(not letters, f"{cannot} pattern {c.pattern!r}: give r with N, or R with N")
+    require(set(c.pattern) & {"r", "R"}, f"{cannot} pattern {c.pattern!r}: it wants a RoPE layer")
     require(not c.qk_norm, f"{cannot} qk_norm")
     require(c.length_scale == "none", f"{cannot} length_scale {c.length_scale!r}")
     heads = f"n_head {c.n_head} x head_dim {c.head_width}, which is not d_model {c.d_model}"
@@ -29,6 +31,7 @@ def check(c: ModelConfig, tokenizer) -> None:
     require(c.tie_embeddings, f"{cannot} an output matrix of its own (tie_embeddings false)")
     named = isinstance(tokenizer, Tokenizer) and tokenizer.pattern in PRETOKENIZERS
     require(named, "llama.cpp has no name for this tokenizer's pattern: only for ours and GPT-2's")
+    require(tokenizer.n_vocab > 257, "llama.cpp reads no vocabulary of bytes alone, without merges")
     counts = f"{tokenizer.n_vocab:,} ids and the model {c.vocab_size:,}"
     require(tokenizer.n_vocab == c.vocab_size, f"the tokenizer has {counts}")
 
@@ -75,9 +78,8 @@ def add_config(writer, c: ModelConfig) -> None:
     writer.add_logit_scale(c.logit_scale)
     writer.add_context_length(cohere2["max_position_embeddings"])
 
-    writer.add_sliding_window(cohere2["sliding_window"])
-    windowed = [kind == checkpoint.SLIDING for kind in cohere2["layer_types"]]
-    writer.add_sliding_window_pattern(windowed)
+    writer.add_sliding_window(min(cohere2["sliding_window"], LONGEST))
+    writer.add_sliding_window_pattern(sliding_pattern(c))
     writer.add_rope_dimension_count(c.head_width)
     writer.add_rope_freq_base(cohere2["rope_theta"])  # "ntk" is a theta
     scaling = {"pi": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}.get(c.rope_scaling)
@@ -86,6 +88,14 @@ def add_config(writer, c: ModelConfig) -> None:
         writer.add_rope_scaling_factor(c.rope_factor)
     if c.rope_scaling == "yarn":
         writer.add_rope_scaling_orig_ctx_len(c.rope_original_length)
+
+
+def sliding_pattern(c: ModelConfig) -> int | list[bool]:
+    """n, where all layers but each n-th are rotated and so sliding ones (0: all are), as every
+    llama.cpp reads it; else a value a layer, for which builds before b11063 take 4, in silence."""
+    sliding = [spec.rope for spec in layer_plan(c)]
+    every = lambda n: [n == 0 or i % n < n - 1 for i in range(len(sliding))]
+    return next((n for n in (0, *range(2, len(sliding) + 1)) if every(n) == sliding), sliding)
 
 
 def add_tokenizer(writer, tokenizer: Tokenizer) -> None:
@@ -122,6 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     model = Transformer.from_pretrained(args.checkpoint)
     write(model, load_tokenizer(args.checkpoint), out, args.f16)
     print(f"written to {out}: try llama-cli --model {out} --prompt 'def ' --flash-attn off")
+    if not isinstance(sliding_pattern(model.config), int):
+        print(f"pattern {model.config.pattern}: llama.cpp before b11063 takes it for rrrN")
 
 
 if __name__ == "__main__":

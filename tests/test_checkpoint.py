@@ -432,6 +432,21 @@ def test_what_cohere2_cannot_express_is_ours_alone(tmp_path, changes):
     back = Transformer.from_pretrained(tmp_path)
     assert back.config == ours.config and equal_weights(back.state_dict(), ours.state_dict())
 
+    # AutoTokenizer, which reads config.json too, opens the folder all the same.
+    tokenizer = train_tokenizer(["def attend(q, k, v):"], 264)
+    tokenizer.save(tmp_path)
+    ids = [tokenizer.eot_token, *tokenizer.encode_ordinary("def v")]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("def v").input_ids == ids
+    assert theirs.model_input_names == ["input_ids", "attention_mask"]
+
+    # As it was written before.
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    content["rope_scaling"] = content.pop("scaling")
+    file.write_text(json.dumps(content))
+    assert Transformer.from_pretrained(tmp_path).config == ours.config
+
 
 def test_tokenizer_and_model_in_one_folder(tmp_path):
     """AutoTokenizer and AutoModelForCausalLM open the folder, and text goes in and comes out as it
@@ -653,6 +668,7 @@ def test_our_own_config_is_typed(tmp_path, key, value, words):
         ("mscale", 1.0),
         ("mscale_all_dim", 1.0),
         ("truncate", False),
+        ("truncate", None),  # to transformers that is False
         ("partial_rotary_factor", 0.5),
         ("factor", None),
     ],

@@ -22,18 +22,24 @@ def read_gguf(path):
 @pytest.mark.parametrize(
     "changes, windowed, window",
     [
-        ({}, [True, True, True, False], 16),
+        ({}, 4, 16),
+        ({"pattern": "RN"}, 2, 2**24),
+        ({"pattern": "r"}, 0, 16),
+        ({"pattern": "rrrNrr", "n_layer": 6}, 4, 16),
         ({"pattern": "Nr"}, [False, True] * 2, 16),
-        ({"pattern": "R", "rope_scaling": "ntk", "rope_factor": 4.0}, [True] * 4, 2**30),
-        ({"rope_scaling": "pi", "rope_factor": 2.0}, [True, True, True, False], 16),
+        ({"pattern": "Nrrr"}, [False, True, True, True], 16),
+        ({"pattern": "R", "rope_scaling": "ntk", "rope_factor": 4.0}, 0, 2**24),
+        ({"rope_scaling": "pi", "rope_factor": 2.0}, 4, 16),
     ],
 )
 def test_a_gguf_file_says_what_the_checkpoint_says(
-    tmp_path, corpus_folder, changes, windowed, window
+    tmp_path, corpus_folder, changes, windowed, window, capsys
 ):
+    """The pattern as a number where it can be one: builds before b11063 read no list, and their own
+    default is 4. A window without end times 4 slots stays below 2^32."""
     tokenizer = load_tokenizer(corpus_folder)
     sizes = dict(n_layer=4, n_head=4, n_kv_head=2, d_model=32, d_ff=48, logit_scale=0.5)
-    config = ModelConfig(vocab_size=tokenizer.n_vocab, window=16, **sizes, **changes)
+    config = ModelConfig(vocab_size=tokenizer.n_vocab, window=16, **sizes | changes)
     model = Transformer(config)
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
@@ -43,6 +49,7 @@ def test_a_gguf_file_says_what_the_checkpoint_says(
     said = {name.removeprefix("cohere2."): value for name, value in fields.items()}
     assert said["general.architecture"] == "cohere2"
     assert said["attention.sliding_window_pattern"] == windowed
+    assert ("before b11063" in capsys.readouterr().out) == isinstance(windowed, list)
     assert said["attention.sliding_window"] == window
     assert said["attention.head_count_kv"] == 2 and said["logit_scale"] == 0.5
     theta = 10_000 * (4 ** (8 / 6) if config.rope_scaling == "ntk" else 1)
@@ -88,6 +95,7 @@ def test_a_gguf_file_in_float16(tmp_path, corpus_folder):
     "changes, said",
     [
         ({"pattern": "n"}, "pattern 'n'"),
+        ({"pattern": "N"}, "pattern 'N': it wants a RoPE layer"),
         ({"pattern": "rR"}, "pattern 'rR'"),
         ({"qk_norm": True}, "qk_norm"),
         ({"length_scale": "swan", "length_base": 64}, "length_scale 'swan'"),
@@ -106,6 +114,13 @@ def test_what_llama_cpp_cannot_express_is_refused_by_name(
     tokenizer.save(tmp_path)
     assert said in error(gguf.main, tmp_path, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_vocabulary_of_bytes_alone(tmp_path, error):
+    tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
+    Transformer(ModelConfig(vocab_size=257)).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    assert "without merges" in error(gguf.main, tmp_path, tmp_path / "m.gguf")
 
 
 def test_a_tokenizer_that_llama_cpp_has_no_name_for(tmp_path, corpus_folder, error):
