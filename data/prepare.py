@@ -430,7 +430,7 @@ def check_flags(args: Namespace) -> None:
     """Raises ValueError for flags that contradict each other."""
     if args.sha256 is not None and args.url is None:
         raise ValueError("--sha256 checks a download; give --url too, or leave it out")
-    texts = [path.resolve() for path in args.text]
+    texts = [Path(os.path.realpath(path)) for path in args.text]
     for i, path in enumerate(texts):
         if any(map(path.is_relative_to, texts[:i] + texts[i + 1 :])):
             again = f"--text {args.text[i]} is in another --text too"
