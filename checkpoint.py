@@ -17,6 +17,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import shutil
 import types
 import typing
@@ -561,7 +562,7 @@ def repoint(target: Path, names: tuple[str, ...]) -> None:
     for old in before - pointed(folder):
         shutil.rmtree(folder / old)
     for left in folder.glob("*.partial"):
-        if re.fullmatch(rf"\.(last|best|{STEP})\.partial", left.name):
+        if re.fullmatch(rf"\.?(last|best|{STEP})\.partial", left.name):
             _remove(left)
 
 
@@ -573,17 +574,28 @@ def pointed(folder: Path) -> set[str]:
 
 
 def check_links(folder: Path) -> None:
-    """ValueError where a run's folder holds checkpoints and has lost its run.json or the link
-    `last`, as a copy does that skips links (step-000000 is what a kill at the start leaves), and
-    NotADirectoryError where it is a file."""
+    """Errors for a folder that a run can neither begin nor go on in: a file (NotADirectoryError); a
+    name that safetensors cannot open; one that has checkpoints of later steps than 0, which a kill
+    leaves at the start, and has lost its run.json or its `last`, as a copy does that skips links
+    (ValueError)."""
     if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file: a run wants a folder, give another --out")
+        raise NotADirectoryError(f"{folder} is a file: name a run's folder")
+    if str(folder).encode(errors="ignore").decode() != str(folder):
+        raise ValueError(f"{folder} is not UTF-8: safetensors opens no such --out")
     steps = sorted(f.name for f in folder.glob("step-*") if re.fullmatch(STEP, f.name))
     steps = [name for name in steps if int(name.removeprefix("step-"))]
-    for name in ("last", "run.json"):
-        if steps and not (folder / name).exists():
-            mend = f"ln -s {steps[-1]} {folder / name}" if name == "last" else "put it back"
-            raise ValueError(f"{folder} holds {', '.join(steps)} and has lost its {name}: {mend}")
+    if not steps and not (folder / "best").is_dir():
+        return
+    if not (folder / "last").is_dir():
+        copy = unfinished(folder / "last")  # where there are no links, whole once `last` is gone
+        steps = steps or ["best"]
+        lost = [("last", steps[-1]), ("best", steps[0])]
+        links = [f"ln -sfn {a} {b}" for b, a in lost if not (folder / b).is_dir()]
+        mend = f"mv {copy.name} last" if copy.is_dir() else " && ".join(links)
+        inside = f"cd {shlex.quote(str(folder))} && {mend}"
+        raise ValueError(f"{folder} has lost its link to {steps[-1]}, last: {inside}")
+    if not (folder / "run.json").is_file():
+        raise ValueError(f"{folder} has checkpoints and has lost its run.json: put that back")
 
 
 def _remove(path: Path) -> None:

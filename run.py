@@ -76,7 +76,8 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
         out = options["resume"] or options.get("out")
         out = out or default_out(recipes.build(recipes.read_toml(path)))
         name, recipe, corpus_hash = read_record(out)
-        own = options.get("out", out) == out and (given is None or given.stem == name)
+        folders = {os.path.realpath(options.get(key) or out) for key in ("out", "resume")}
+        own = len(folders) == 1 and (given is None or given.stem == name)
         require(own, f"{out} has a folder and a recipe ({name}) of its own: give no other")
         source = out / "last"
     else:
@@ -88,8 +89,6 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
         name, recipe = path.stem, recipes.build(recipes.read_toml(path), args, base, path.name)
         out = options.get("out", default_out(recipe))
         checkpoint.check_links(out)
-        written = str(out).encode(errors="ignore").decode()
-        require(written == str(out), f"{out} is not UTF-8: safetensors opens no such --out")
 
     # On what: the same corpus as before, with the model's own tokenizer, large enough.
     corpus = open_corpus(recipe.data)
@@ -101,7 +100,7 @@ def read(argv: list[str] | None, description: str | None = None) -> tuple[Run, b
         raise ValueError(f"{other}: give the checkpoint's own corpus with --data")
     vocab_size = recipe.model.vocab_size if source else corpus.tokenizer.n_vocab
     recipe = replace(recipe, model=replace(recipe.model, vocab_size=vocab_size))
-    needles = check_fit(corpus, recipe.stages(), recipe.batch_tokens, recipe.seed, RANKS)
+    needles = check_fit(corpus, recipe, RANKS, ahead=options.get("max_steps", 1) > 0)
 
     with checkpoint.shapes_only():
         check_memory(Transformer(recipe.model), device)
@@ -134,8 +133,8 @@ def is_run(out: Path) -> bool:
 def claim(run: Run):
     """A context in which nobody else trains in the run's folder. ValueError where somebody does:
     training never waits."""
-    refusal = f"another process trains {run.out}: wait, or choose another --out"
-    return nullcontext() if RANK > 0 else locked(run.out, refusal)
+    other = f"another process trains {run.out}: wait, or choose another --out"
+    return nullcontext() if RANK > 0 else locked(run.out, other)
 
 
 def begin(run: Run, argv: list[str]) -> None:
@@ -192,8 +191,7 @@ def read_record(out: Path) -> tuple[str, recipes.Recipe, str]:
         recipe = recipes.build({**record["recipe"]}, name=str(path))
         return str(record["name"]), recipe, str(record["corpus"])
     except (KeyError, TypeError, AttributeError) as error:
-        mend = f"start another run with --init {out / 'last'}"
-        raise ValueError(f"{path} is damaged ({error!r}): {mend}") from None
+        raise ValueError(f"{path} is damaged ({error!r}): put a copy of it back") from None
 
 
 def resume(run: Run) -> list[dict]:
@@ -204,7 +202,8 @@ def resume(run: Run) -> list[dict]:
         state = torch.load(last / "training.pt", map_location="cpu", weights_only=True)
         run.step = checkpoint.typed(int, state["step"], "step")
         run.best, states = float(state["best"]), state["optimizers"]
-    require(0 <= run.step <= run.recipe.steps, f"{last}: step {run.step} is beyond its run.json")
+        require(run.step >= 0, f"step {run.step}")
+    require(run.step <= run.recipe.steps, f"{last}: step {run.step} is beyond its run.json")
     check_backend(run)
     checkpoint.verify_config(last, asdict(config_at(run.recipe, run.step)), run.out / "run.json")
     run.model.load_state_dict(Transformer.from_pretrained(last, run.device).state_dict())
@@ -222,14 +221,15 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         if path.is_file():
-            entries = path.read_bytes().splitlines()
-            kept = b"".join(line + b"\n" for line in entries if step_of(line) <= step)
+            kept = b"".join(x + b"\n" for x in path.read_bytes().splitlines() if step_of(x) <= step)
             checkpoint.replace_file(path, lambda partial: partial.write_bytes(kept))
         self.file = open(path, "ab", buffering=0)  # nothing is left to write when a disk is full
 
     def write(self, **entry) -> None:
         """Append, and let it be seen at once."""
-        self.file.write(json.dumps(entry).encode() + b"\n")
+        line = json.dumps(entry).encode() + b"\n"
+        while line:  # a disk that fills takes a part, and refuses the rest
+            line = line[self.file.write(line) :]
 
 
 def step_of(line: bytes) -> float:

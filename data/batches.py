@@ -112,9 +112,11 @@ def prefetch(make: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Bat
             yield ahead.result()
 
 
-def check_fit(corpus: Corpus, stages, batch_tokens: int, seed: int, ranks: int) -> Needles | None:
-    """The needles of training, where a stage (recipe.Stage) asks for some. ValueError where the
-    corpus cannot fill the stages' batches, or so many processes cannot share them."""
+def check_fit(corpus: Corpus, recipe, ranks: int, ahead: bool = True) -> Needles | None:
+    """The needles of training, where a stage of the recipe asks for some. ValueError where the
+    corpus cannot fill the stages' batches or, with steps `ahead`, what is evaluated between them,
+    or where so many processes cannot share a batch."""
+    stages, batch_tokens = recipe.stages(), recipe.batch_tokens
     most = stages[0].config.vocab_size
     if corpus.tokenizer.n_vocab > most:
         tokens = f"the corpus {corpus.folder} has {corpus.tokenizer.n_vocab:,} tokens"
@@ -139,7 +141,8 @@ def check_fit(corpus: Corpus, stages, batch_tokens: int, seed: int, ranks: int) 
                     f"--batch-tokens {length * ranks} or a multiple"
                 )
             # One sequence with needles: its names and lines are checked where it is made.
-            training_batch(corpus, needles, seed, 0, length, length, float(stage.needle_share > 0))
-        if held_out:  # what an evaluation hides in the other split
-            held_out_examples(held_out, stage.longest)
+            share = float(stage.needle_share > 0)
+            training_batch(corpus, needles, recipe.seed, 0, length, length, share)
+    for length in {stage.longest for stage in stages if held_out and ahead}:
+        held_out_examples(held_out, length)
     return needles

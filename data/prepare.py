@@ -22,6 +22,7 @@ import shutil
 import sysconfig
 import urllib.request
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -430,10 +431,11 @@ def check_flags(args: Namespace) -> None:
     """Raises ValueError for flags that contradict each other."""
     if args.sha256 is not None and args.url is None:
         raise ValueError("--sha256 checks a download; give --url too, or leave it out")
-    texts = [Path(os.path.realpath(path)) for path in args.text]
-    for i, path in enumerate(texts):
-        if any(map(path.is_relative_to, texts[:i] + texts[i + 1 :])):
-            again = f"--text {args.text[i]} is in another --text too"
+    seen = Counter(Path(os.path.realpath(path)) for path in args.text)
+    for path in args.text:
+        real = Path(os.path.realpath(path))
+        if seen[real] > 1 or any(parent in seen for parent in real.parents):
+            again = f"--text {path} is in another --text too"
             raise ValueError(f"{again}, so that a text might stand in both splits: name it once")
     if len(set(args.packages)) < len(args.packages):
         raise ValueError(f"--packages {' '.join(args.packages)}: name each once")

@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse(argv)
     apart = len({run.name for run in args.runs}) == len(set(args.runs))
     logs = {run.name if apart else str(run): read_log(run) for run in args.runs}
-    args.out = args.out if args.out.suffix else args.out.with_suffix(".png")
+    if args.out.name and not args.out.is_dir() and not args.out.suffix:
+        args.out = args.out.with_suffix(".png")
     check_out(args.out)
     plot(logs, args.out)
     for name, entries in logs.items():

@@ -91,8 +91,9 @@ def add_config(writer, c: ModelConfig) -> None:
 
 
 def sliding_pattern(c: ModelConfig) -> int | list[bool]:
-    """n, where all layers but each n-th are rotated and so sliding ones (0: all are), as every
-    llama.cpp reads it; else a value a layer, for which builds before b11063 take 4, in silence."""
+    """n, where all layers but each n-th are rotated and so sliding ones (0: all are); else a value
+    a layer. llama.cpp reads numbers from b9873 on at the latest, values from b11063; builds before
+    these take 4, in silence."""
     sliding = [spec.rope for spec in layer_plan(c)]
     every = lambda n: [n == 0 or i % n < n - 1 for i in range(len(sliding))]
     return next((n for n in (0, *range(2, len(sliding) + 1)) if every(n) == sliding), sliding)
@@ -132,8 +133,10 @@ def main(argv: list[str] | None = None) -> None:
     model = Transformer.from_pretrained(args.checkpoint)
     write(model, load_tokenizer(args.checkpoint), out, args.f16)
     print(f"written to {out}: try llama-cli --model {out} --prompt 'def ' --flash-attn off")
-    if not isinstance(sliding_pattern(model.config), int):
-        print(f"pattern {model.config.pattern}: llama.cpp before b11063 takes it for rrrN")
+    pattern = sliding_pattern(model.config)
+    if pattern != 4:
+        since = "b9873, and perhaps before," if isinstance(pattern, int) else "b11063"
+        print(f"pattern {model.config.pattern}: llama.cpp reads it from {since} on; else as rrrN")
 
 
 if __name__ == "__main__":

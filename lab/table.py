@@ -44,7 +44,9 @@ def read_run(folder: Path) -> dict:
 
 def read_score(score: dict) -> Score:
     """A line of a run's own table."""
-    return Score(**typed_fields(Score, score, "table: "))
+    error = score["error"]  # of a single example it is nan
+    known = score | {"error": 0.0 if error != error else error}
+    return Score(**typed_fields(Score, known, "table: ") | {"error": error})
 
 
 def page(runs: list[dict], title: str) -> str:

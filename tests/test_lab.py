@@ -71,6 +71,10 @@ def test_the_table_of_runs(tmp_path, capsys):
     assert rows[0] == "| `rrrN` | 1 | 2.500 | 1.500 | 0.95 ± 0.01 | 0.95 ± 0.01 | 2.0 |  |"
     assert rows[1].startswith("| `R` QK-Norm |") and rows[1].endswith("not learned in this time |")
     assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+    log = tmp_path / "a" / "log.jsonl"  # of one example (--eval-questions 4) there is no error
+    log.write_text(log.read_text().replace('"error": 0.01', '"error": NaN'))
+    table.main([str(tmp_path / "a")])
+    assert "| 0.95 ± nan |" in capsys.readouterr().out
 
 
 def test_curves(tmp_path, capsys):

@@ -472,7 +472,8 @@ def test_a_copy_that_lost_its_links_is_nobodys_to_take_over(
     Path("z", "run.json").unlink()
     weights_of_y = Path("y", "step-000002", "model.safetensors")
     before = weights_of_y.read_bytes()
-    for folder, mend in (("y", "ln -s step-000002 y/last"), ("z", "run.json: put it back")):
+    mend = "cd y && ln -sfn step-000002 last && ln -sfn step-000002 best"
+    for folder, mend in (("y", mend), ("z", "run.json: put that back")):
         for words in (["--resume", folder], [tiny, "--data", corpus_folder, "--out", folder]):
             assert mend in error(train.main, *words)
             assert mend in error(train.main, *words, "--max-steps", "0")
@@ -481,6 +482,13 @@ def test_a_copy_that_lost_its_links_is_nobodys_to_take_over(
     assert not list(tmp_path.glob(".tiny.toml*"))
     Path("y", "last").symlink_to("step-000002")
     run("--resume", "y", "--max-steps", "4", recipe=None)
+
+    # On a disk without links `last` is a copy; a kill may fall between two of these.
+    Path("x", "last").rename(Path("x", ".last.partial"))
+    shutil.copytree("x/step-000002", "x/.last.copy")
+    Path("x", ".last.partial").unlink()
+    Path("x", ".last.copy").rename(Path("x", ".last.partial"))
+    assert "cd x && mv .last.partial last" in error(train.main, "--resume", "x")
 
 
 def test_a_text_too_small_to_evaluate_on_is_refused_before_the_first_step(
@@ -493,6 +501,32 @@ def test_a_text_too_small_to_evaluate_on_is_refused_before_the_first_step(
     assert 64 < len(corpus.val) < 2048 < len(corpus.train)
     line = error(train.main, tiny, "--data", tmp_path / "c", "--out", "x")
     assert "an example needs" in line and not Path("x").exists()
+
+
+def test_to_evaluate_alone_no_such_text_is_wanted(run, tiny, tmp_path):
+    """What does not fit is left out of the table."""
+    text = Path(os.__file__).with_name("argparse.py").read_text()
+    prepare([("a", text[:60_000])], tmp_path / "c", vocab_size=1024)
+    train.main([str(tiny), "--data", str(tmp_path / "c"), "--out", "x", "--max-steps", "0"])
+
+
+def test_a_log_that_a_full_disk_cuts_says_so(tmp_path):
+    """A write may take a part of a line; the rest is refused, not lost."""
+    resource = pytest.importorskip("resource", reason="no limits on Windows")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    log = Log(tmp_path / "log.jsonl", 0)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+        log.write(step=1, loss=1.0)
+        with pytest.raises(OSError):
+            log.write(step=2, loss=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, former)
+    again = Log(tmp_path / "log.jsonl", 2)  # the cut line goes
+    again.write(step=2, loss=1.0)
+    assert logged_steps(tmp_path) == [1, 2]
 
 
 def test_the_first_lines_name_the_kernels(run, capsys):
@@ -512,7 +546,7 @@ def test_a_resume_takes_no_other_recipe_or_folder(run, error, tiny, tmp_path):
     other.write_text(TINY)
     for words in ([other, "--resume", "x"], ["--resume", "x", "--out", "y"]):
         assert "x has a folder and a recipe (tiny) of its own" in error(train.main, *words)
-    run("--resume", "x", "--out", "x", "--max-steps", "4")
+    run("--resume", "x", "--out", str(tmp_path / "x"), "--max-steps", "4")
     assert logged_steps(Path("x")) == [1, 2, 3, 4]
 
 
@@ -625,8 +659,9 @@ def test_a_crafted_state_is_one_line(run, error, tmp_path, change):
     change(state)
     torch.save(state, path)
     checkpoint.write_checksums(path.parent)
-    line = error(train.main, "--resume", "x")
-    assert "training.pt is damaged" in line or "is beyond its run.json" in line
+    beyond = change is CRAFTED["a step beyond the end"]  # or is it run.json that was changed?
+    said = "x/last: step 13 is beyond its run.json" if beyond else "training.pt is damaged"
+    assert said in error(train.main, "--resume", "x")
 
 
 def test_optimizers_are_the_recipes(run, tmp_path):
