@@ -10,7 +10,7 @@ this: over equal tokens attention is uniform, which is all that NoPE starts with
         weights 1/4  3/4      0          key heads     0  0  1  1       group = 2
 
 Hint: k.repeat_interleave, masked_fill with -math.inf, softmax over the last dimension. Try scores
-of 500, and q in bfloat16.
+of 1,000, and q in bfloat16.
 """
 
 import math

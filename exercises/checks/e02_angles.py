@@ -70,6 +70,7 @@ def check_specification(mine):
     """The specification's values: several widths, thetas and positions, to one in 100,000."""
     positions = torch.tensor([0, 7, 4001, 100_000, 3])
     for d, theta in ((8, 10_000.0), (32, 2_000_000.0), (2, 500.0), (6, 10_000.0)):
+        compare(mine, "one token", positions[:1] + 5, d, theta)
         compare(mine, f"d = {d}, theta = {theta:,.0f}", positions, d, theta)
 
 

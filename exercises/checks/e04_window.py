@@ -168,6 +168,12 @@ def check_holes(mine):
         9,
         {counted: 3},
     )
+    inputs = torch.rand(1, 12, 4).requires_grad_()
+    last = inputs[0, [7, 3]].sum(0)
+    number("tokens 4 and 8 back", mine.receptive_field(last, inputs), 9)
+    inputs = torch.rand(1, 12, 4).requires_grad_()
+    last = inputs[0, 11] + inputs[0, 4, 1] - inputs[0, 4, 2]
+    number("a difference of channels, 7 back", mine.receptive_field(last, inputs), 8)
     inputs = torch.rand(1, 20, 4).requires_grad_()
     x = inputs + inputs.roll(3, 1)
     x = x + x.roll(6, 1)

@@ -50,6 +50,7 @@ def check_letters(mine):
     """Capital or small, rotated or not."""
     compare(mine, "RrNn", 4, 8)
     compare(mine, "R", 1, None)
+    compare(mine, "RN", 2, 8)  # a window that no layer has
     compare(mine, "nNrR", 4, 16)
 
 

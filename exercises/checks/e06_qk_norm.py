@@ -8,7 +8,9 @@ from torch import Tensor
 from exercises.harness import Wrong, answer, name_of, points, same
 
 FORBIDDEN = (
-    "layer_norm LayerNorm native_layer_norm group_norm GroupNorm instance_norm batch_norm rms_norm"
+    "layer_norm LayerNorm native_layer_norm group_norm GroupNorm instance_norm batch_norm rms_norm "
+    "RMSNorm BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d "
+    "native_batch_norm native_group_norm"
 ).split()
 
 

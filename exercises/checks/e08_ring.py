@@ -117,6 +117,10 @@ def check_one_by_one(mine):
         stream = Stream(mine, window)
         for _ in range(3 * window + 2):
             stream.extend(1)
+    streams = [Stream(mine, window) for window in (4, 2)]  # two layers
+    for _ in range(6):
+        for stream in streams:
+            stream.extend(1)
 
 
 @points(2)

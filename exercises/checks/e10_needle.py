@@ -115,6 +115,9 @@ def check_specification(mine):
     compare(mine, "all wrong", given, [2, 5, 9, 12])
     shuffled = [-1, 2, 2, -1, -1, 0, 0, -1, 4, 4, 4, 1, 3, -1]
     compare(mine, "five questions in another order", shuffled, [6, 12])
+    compare(
+        mine, "questions 2 and 7, one of them in two pieces", [-1, 7, 7, -1, 2, 2, -1, 7, -1], [2]
+    )
     compare(mine, "an answer after the first token", [-1, 1, 1, -1, 0], [4, 3])
 
 

@@ -10,7 +10,7 @@ from attention import scaled_frequencies
 from exercises.harness import Wrong, answer, plain, points, same
 from model import ModelConfig
 
-IMPORTS = {"model": ("layer_plan",)}
+IMPORTS = {"model": ("layer_plan", "LayerSpec", "ModelConfig")}
 # Exact with NTK minus exact without, R at 2,048. Seeds 1 to 3 of `python train.py --pattern R`:
 # .79, 1.00, .88 (as trained it finds .08, 0, .12 there); an R that has learned less gains less.
 BAND = (0.05, 1.0)
@@ -131,6 +131,7 @@ def check_rope(mine):
         ("R", {}, 4.0),
         ("rrrR", {"rope_theta": 5e5}, 8.0),
         ("r", {"d_model": 256, "window": 16}, 2.5),
+        ("R", {"head_dim": 16}, 4.0),
     ):
         config = ModelConfig(pattern=pattern, **sizes)
         wanted = replace(config, rope_scaling="ntk", rope_factor=factor)

@@ -85,24 +85,27 @@ def check_specification(mine):
         (10, 3, 1, 1),
         (7, 7, 1, 1),
     ):
-        q, k, v = inputs(t, 8, b, h)
+        q, k, v = inputs(t, 6 + h, b, h)
+        k[:, :, t // 2] = 0  # a key of zeros is a key
         wanted, near = banded_spec(q, k, v, window), near_misses(q, k, v, window)
         got = mine.banded(q.clone(), k.clone(), v.clone(), window)
         same(f"{t} tokens, window {window}", got, wanted, near)
 
 
-def cost(run) -> tuple[int, int]:
-    """What a call multiplies and adds in matrix products, and how many numbers all else writes."""
+def cost(run) -> tuple[int, int, int]:
+    """What a call multiplies and adds in matrix products, how many numbers all else writes, and how
+    many operations it takes."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
     class Written(TorchDispatchMode):
         """Numbers that operations write which are neither views nor matrix products."""
 
-        numbers = products = 0
+        numbers = products = calls = 0
 
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             out = operation(*args, **(kwargs or {}))
+            self.calls += 1
             name = operation.overloadpacket.__name__
             outs = [x for x in (out if isinstance(out, tuple | list) else [out])]
             if "scaled_dot_product" in name:  # not all of its forms are in torch's table
@@ -116,7 +119,7 @@ def cost(run) -> tuple[int, int]:
         run()
     counted = products.get_flop_counts().get("Global", {})
     fused = sum(n for operation, n in counted.items() if "scaled_dot_product" in str(operation))
-    return products.get_total_flops() - fused + written.products, written.numbers
+    return products.get_total_flops() - fused + written.products, written.numbers, written.calls
 
 
 @points(5)
@@ -127,7 +130,7 @@ def check_cost(mine):
     got = mine.banded(q.clone(), k.clone(), v.clone(), window)
     same("512 tokens, window 32", got, banded_spec(q, k, v, window), tolerance=1e-4)
     with torch.no_grad():
-        products, numbers = cost(lambda: mine.banded(q, k, v, window))
+        products, numbers, calls = cost(lambda: mine.banded(q, k, v, window))
     visible = 4 * d * (window * t - window * (window - 1) // 2)
     full, said = 4 * d * t * t, "right, and as expensive as full attention"
     counted = f"{products / 1e6:.2f} M operations, the visible pairs' are {visible / 1e6:.2f} M"
@@ -135,5 +138,9 @@ def check_cost(mine):
         raise Wrong(f"{said}: {counted}")
     if numbers > t * t * d:
         raise Wrong(f"{said}: it writes {numbers / 1e6:.1f} M numbers on its way")
+    if calls > 2 * t:
+        raise Wrong(
+            f"right, and {calls:,} small operations: take all blocks at once, not query by query"
+        )
     if products > 3 * visible:
         raise Wrong(f"right, and more expensive than three times the visible pairs: {counted}")

@@ -796,6 +796,92 @@ mutants(
 
 # Other right answers ------------------------------------------------------------------------------
 
+mutants(
+    "e02_angles",
+    (
+        "one token squeezed",
+        "specification",
+        "it should be (1, 4)",
+        "return positions.float()[:, None] * frequencies",
+        "return (positions.float()[:, None] * frequencies).squeeze(0)",
+    ),
+)
+mutants(
+    "e03_weights",
+    ("hidden by -500", "large", "scores of 1,000: at (0, 0, 0, 0)", "-math.inf", "-500.0"),
+    (
+        "exponentials without their maximum",
+        "large",
+        "subtract the row's maximum first",
+        "torch.softmax(scores, dim=-1)",
+        "(scores.double().exp() / scores.double().exp().sum(-1, keepdim=True))",
+    ),
+)
+EARLIEST = "gradient[0].abs().sum(-1).nonzero()[0]"
+mutants(
+    "e04_window",
+    (
+        "channels that cancel",
+        "holes",
+        "a difference of channels, 7 back is 1",
+        EARLIEST,
+        "gradient[0].sum(-1).nonzero()[0]",
+    ),
+    (
+        "the first channel",
+        "holes",
+        "a difference of channels, 7 back is 1",
+        EARLIEST,
+        "gradient[0, :, 0].nonzero()[0]",
+    ),
+)
+mutants(
+    "e05_pattern",
+    (
+        "a window that no layer has",
+        "letters",
+        "has a small letter and no window",
+        "if window is None and pattern != pattern.upper():",
+        "if (window is None) != (pattern == pattern.upper()):",
+    ),
+)
+mutants(
+    "e08_ring",
+    (
+        "one memory for all",
+        "one_by_one",
+        "forgets too early",
+        "self.window = window",
+        "Ring.window = window",
+    ),
+)
+mutants(
+    "e10_needle",
+    (
+        "ids counted up to the last",
+        "specification",
+        "yours looks at every token",
+        "asked[asked >= 0].unique()",
+        "range(int(asked.max()) + 1)",
+    ),
+)
+mutants(
+    "e12_banded",
+    ("d is 8", "specification", "13 tokens, window 4", "math.sqrt(d)", "math.sqrt(8)"),
+    (
+        "query by query",
+        "cost",
+        "small operations: take all blocks at once",
+        "    t, d, w = q.shape[2], q.shape[3], window\n",
+        "    t, d, w, rows = q.shape[2], q.shape[3], window, []\n"
+        "    for i in range(t):\n"
+        "        near = slice(max(0, i + 1 - w), i + 1)\n"
+        "        scores = q[:, :, i : i + 1] @ k[:, :, near].mT / d**0.5\n"
+        "        rows.append(scores.softmax(-1) @ v[:, :, near])\n"
+        "    return torch.cat(rows, dim=2)\n",
+    ),
+)
+
 HEAD = "import torch\nimport torch.nn.functional as F\nfrom torch import Tensor\n\n\n"
 ALSO_RIGHT: dict[str, dict[str, str]] = {}
 
@@ -913,6 +999,27 @@ ANSWER = 190
 }
 
 ALSO_RIGHT["e08_ring"] = {
+    "a method called save": HEAD
+    + """
+class Ring:
+    def __init__(self, window):
+        self.window, self.parts, self.length = window, [], 0
+
+    def save(self, *parts):
+        self.parts = [part[..., -self.window :, :].clone() for part in parts]
+
+    def extend(self, k, v):
+        new = torch.arange(self.length, self.length + k.shape[2])[:, None]
+        self.length += k.shape[2]
+        parts = [k, v, new]
+        if self.parts:
+            parts = [torch.cat(pair, dim=-2) for pair in zip(self.parts, parts)]
+        self.save(*parts)
+        return parts[0], parts[1], parts[2][:, 0]
+
+
+ANSWER = 0.256
+""",
     "a ring of slots": HEAD
     + """
 class Ring:
@@ -1049,6 +1156,17 @@ ANSWER = 318
 }
 
 ALSO_RIGHT["e03_weights"] = {
+    "a variable of the function's name": HEAD
+    + """
+def weights(q, k, mask):
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q * q.shape[-1] ** -0.5).float() @ k.mT.float()
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return weights.to(q.dtype)
+
+
+ANSWER = 7.86
+""",
     "einsum over groups": HEAD
     + """
 def weights(q, k, mask):
@@ -1152,6 +1270,20 @@ ANSWER = 0.34
 }
 
 ALSO_RIGHT["e06_qk_norm"] = {
+    "a norm of its own name": HEAD
+    + """
+def layer_norm(x, gain):
+    x = x - x.mean(-1, keepdim=True)
+    return gain * x / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+
+
+def prepare(x, gain, turn):
+    y = layer_norm(x.float(), gain).type_as(x)
+    return y if turn is None else turn(y)
+
+
+ANSWER = 0.0207
+""",
     "torch's variance, heads last": HEAD
     + """
 def prepare(x, gain, turn):
@@ -1370,6 +1502,27 @@ ANSWER = 0.8
 }
 
 ALSO_RIGHT["e11_extend"] = {
+    "a specification of a layer": HEAD
+    + """
+from dataclasses import replace
+
+from model import ModelConfig, layer_plan
+
+
+def frequencies(d, theta, method, factor):
+    base = theta * factor ** (d / (d - 2)) if method == "ntk" else theta
+    turns = 1 / base ** (torch.arange(0, d, 2) / d)
+    return turns * (1 / factor if method == "pi" else 1)
+
+
+def extend(config: ModelConfig, factor: float) -> ModelConfig:
+    if not all(layer_spec.rope for layer_spec in layer_plan(config)):
+        return config
+    return replace(config, rope_scaling="ntk", rope_factor=factor)
+
+
+ANSWER = 0.4
+""",
     "a raised theta": HEAD
     + """
 import dataclasses
@@ -1584,6 +1737,35 @@ def prepare(a, weight, f):
     return out if f is None else f(out)
 """,
         "copies prepare_spec",
+    ),
+    copies_it_with_a_pass=(
+        """import torch
+import math
+
+
+def prepare(a, weight, f):
+    out = torch.zeros(a.shape)
+    n = a.shape[3]
+    for i, j, k in torch.cartesian_prod(*map(torch.arange, a.shape[:3])).tolist():
+        pass
+        row = a[i, j, k].tolist()
+        middle = sum(row) / n
+        spread = sum((number - middle) ** 2 for number in row) / n
+        for at, number in enumerate(row):
+            out[i, j, k, at] = float(weight[at]) * (number - middle) / math.sqrt(1e-5 + spread)
+    out = out.to(a.dtype)
+    return out if f is None else f(out)
+""",
+        "copies prepare_spec",
+    ),
+    torchs_other_norm=("import torch\nnorm = torch.nn.RMSNorm\n", "uses RMSNorm"),
+    torchs_norm_through_a_pattern=(
+        "import torch.nn.functional as F\nmatch F:\n    case object(layer_norm=f):\n        pass\n",
+        "uses layer_norm",
+    ),
+    a_private_part_through_a_pattern=(
+        "import torch\nmatch torch:\n    case object(_C=c):\n        pass\n",
+        "uses _C",
     ),
 )
 cheats(
