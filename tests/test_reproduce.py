@@ -107,7 +107,9 @@ def test_planted_attention_gives_the_masses_that_it_must(needles, monkeypatch):
 
     # all on the needle, evenly
     found = run(lambda q, k, segment: ((segment == NEEDLE) & (k <= q)).double())
-    assert found["needle"] == [1.0, 1.0] and found["begin"] == found["qc"] == found["recent"] == [
+    assert found["needle"] == pytest.approx([1.0, 1.0]) and found["begin"] == found["qc"] == found[
+        "recent"
+    ] == [
         0.0,
         0.0,
     ]
