@@ -288,8 +288,7 @@ def defined(node: ast.AST) -> set[str]:
 
 
 def copy_rules(tree: ast.Module, given: ast.Module) -> Iterator[tuple[int, str]]:
-    """A function that is a given specification under other names, or nearly so: of other right
-    answers the nearest has a ratio of .65."""
+    """A function that is a given specification under other names, or nearly so."""
     specs = {node.name: shape(node) for node in given.body if is_spec(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name not in specs:
