@@ -588,12 +588,12 @@ def check_links(folder: Path) -> None:
         return
     if not (folder / "last").is_dir():
         copy = unfinished(folder / "last")  # where there are no links, whole once `last` is gone
-        steps = steps or ["best"]
-        lost = [("last", steps[-1]), ("best", steps[0])]
+        lost = [("last", steps[-1]), ("best", steps[0])] if steps else []
         links = [f"ln -sfn {a} {b}" for b, a in lost if not (folder / b).is_dir()]
-        mend = f"mv {copy.name} last" if copy.is_dir() else " && ".join(links)
+        mend = " && ".join(links) or "cp -r best last"  # a disk without links keeps copies
+        mend = f"mv {copy.name} last" if copy.is_dir() else mend
         inside = f"cd {shlex.quote(str(folder))} && {mend}"
-        raise ValueError(f"{folder} has lost its link to {steps[-1]}, last: {inside}")
+        raise ValueError(f"{folder} has lost its last checkpoint, last: {inside}")
     if not (folder / "run.json").is_file():
         raise ValueError(f"{folder} has checkpoints and has lost its run.json: put that back")
 

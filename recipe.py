@@ -41,7 +41,7 @@ class Phase:
     windowed: bool | None = None
     needle_share: float | None = None  # of the sequences
     answer_weight: float | None = None
-    lr: float | None = None  # starts a new warm-up and cosine
+    lr: float | None = None  # it, or warmup, starts a new warm-up and cosine
     warmup: int | None = None
     pattern: str | None = None
     window: int | None = None
@@ -110,7 +110,7 @@ class Recipe:
                 seen = replace(config, pattern=narrow) if narrowed else config
             except ValueError as error:
                 raise ValueError(f"phase {number}: {error}") from error
-            since = since if phase.lr is None else start
+            since = start if given(phase, ("lr", "warmup")) else since
             end = start + self.stretch * phase.steps
             stages.append(Stage(start, end, phase.lengths, seen, **held, since=since))
             start = end

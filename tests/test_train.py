@@ -490,6 +490,20 @@ def test_a_copy_that_lost_its_links_is_nobodys_to_take_over(
     Path("x", ".last.copy").rename(Path("x", ".last.partial"))
     assert "cd x && mv .last.partial last" in error(train.main, "--resume", "x")
 
+    # A copy from there that kept only the best.
+    whole = Path("whole")
+    run("--out", "whole", "--max-steps", "4")
+    best = shutil.copytree(whole / "best", "best")
+    for name in ("last", "best"):
+        (whole / name).unlink()
+    for folder in whole.glob("step-*"):
+        shutil.rmtree(folder)
+    shutil.move(best, whole / "best")
+    assert "cd whole && cp -r best last" in error(train.main, "--resume", "whole")
+    shutil.copytree(whole / "best", whole / "last")
+    run("--resume", "whole", "--max-steps", "6", recipe=None)
+    assert logged_steps(whole)[-1] == 6
+
 
 def test_a_text_too_small_to_evaluate_on_is_refused_before_the_first_step(
     run, error, tiny, tmp_path
@@ -917,6 +931,16 @@ def test_phases_carry_overrides_and_start_schedules():
     # one cosine over both phases, to a tenth
     assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] < 0.0012
     assert third.rate(20) == pytest.approx(0.001)
+
+
+def test_a_warmup_alone_starts_a_schedule_too():
+    """Of the rate that holds; else the running one would jump."""
+    phases = [{"steps": 10, "lengths": {"128": 1}} for _ in range(2)]
+    phases[1]["warmup"] = 4
+    recipe = recipes.build({"lr": 0.01, "warmup": 0, "batch_tokens": 128, "phase": phases})
+    first, second = recipe.stages()
+    assert (first.rate(0), first.rate(9) < 0.0015) == (0.01, True)
+    assert [second.rate(step) for step in (10, 14)] == pytest.approx([0.002, 0.01])
 
 
 def test_yarn_without_a_length_takes_the_one_trained_before():
