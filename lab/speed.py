@@ -41,6 +41,7 @@ from attention import one_of
 from checkpoint import shapes_only
 from commandline import CommandLine, choose_device, guarded
 from device import joined_loss, training_loss
+from fast.kernels import one_graph
 from lab.gpt2 import GPT2
 from lab.report import at_least, markdown, progress
 from model import ModelConfig, Transformer, require
@@ -143,7 +144,7 @@ class Job:
     def work(self, device: torch.device) -> Callable[[], Tensor]:
         """What does the task once and returns what it says: a loss, logits or new tokens."""
         model, logits, loss = self.build(device)
-        compiled = torch.compile if self.compiled else lambda function: function
+        compiled = partial(one_graph, dynamic=False) if self.compiled else lambda function: function
         size, generator = (self.batch, self.length + 1), torch.Generator().manual_seed(1)
         text = torch.randint(self.shape["vocab_size"] - 1, size, generator=generator).to(device)
         tokens, new = text[:, :-1], self.new_tokens

@@ -4,6 +4,7 @@ it, and what it writes."""
 import re
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -341,6 +342,22 @@ def test_what_is_compiled():
         ("ours, compiled", True),
         ("Cohere2, SDPA, compiled", True),
     ]
+
+
+@pytest.mark.parametrize("kind", ["ours", "cohere2", "gpt2"])
+def test_every_compiled_job_is_one_graph_of_its_own_lengths(monkeypatch, kind):
+    """Of more jobs than torch compiles unless told, the ninth ran uncompiled, and from the second
+    length on lengths were symbols."""
+    graphs = []
+    trace = lambda graph, inputs: graphs.append(inputs) or graph
+    monkeypatch.setattr(speed, "one_graph", partial(speed.one_graph, backend=trace))
+    shape = PEER if kind == "gpt2" else TINY
+    lengths = range(4, 13)
+    for length in lengths:
+        speed.Job("", shape, 1, length, kind=kind, compiled=True).work(CPU)()
+    assert len(graphs) == len(lengths) == 9
+    assert not any(isinstance(thing, torch.SymInt) for inputs in graphs for thing in inputs)
+    torch._dynamo.reset()
 
 
 def test_cohere2_decodes_compiled_with_its_static_cache(monkeypatch):

@@ -155,6 +155,10 @@ def windowed(t: int, layers: int, window: int, centred: bool) -> tuple[Tensor, T
     return inputs, (last - last.mean()) * 4 if centred else last
 
 
+WEAK = "a token that matters little matters: only where the gradient is zero it does not"
+ENTRY = "looked at some entries of `last` only: any of them may reach farthest"
+
+
 @points(1)
 def check_holes(mine):
     """A field with holes reaches as far as its earliest token."""
@@ -178,6 +182,12 @@ def check_holes(mine):
     x = inputs + inputs.roll(3, 1)
     x = x + x.roll(6, 1)
     number("two dilated layers", mine.receptive_field(x[0, -1], inputs), 10, {counted: 4})
+    inputs = torch.rand(1, 12, 4).requires_grad_()
+    last = inputs[0, 11] + 1e-3 * inputs[0, 5]
+    number("a weak token, 6 back", mine.receptive_field(last, inputs), 7, {WEAK: 1})
+    inputs = torch.rand(1, 12, 4).requires_grad_()
+    last = torch.cat((inputs[0, 11, :2], inputs[0, 5, 2:3] - 1, inputs[0, 11, 3:]))
+    number("one entry from 6 back", mine.receptive_field(last, inputs), 7, {ENTRY: 1})
     inputs = torch.rand(1, 17, 4).requires_grad_()
     number("a cumulative sum", mine.receptive_field(inputs.cumsum(1)[0, -1], inputs), 17)
 

@@ -834,6 +834,27 @@ mutants(
         EARLIEST,
         "gradient[0, :, 0].nonzero()[0]",
     ),
+    (
+        "a share of the largest gradient",
+        "holes",
+        "a token that matters little matters",
+        EARLIEST,
+        "(gradient[0].abs().sum(-1) > 0.01 * gradient.abs().max()).nonzero()[0]",
+    ),
+    (
+        "the first entry of last",
+        "holes",
+        "looked at some entries of `last` only",
+        "(last * torch.randn_like(last)).sum()",
+        "last[0]",
+    ),
+    (
+        "the largest entry of last",
+        "holes",
+        "looked at some entries of `last` only",
+        "(last * torch.randn_like(last)).sum()",
+        "last.max()",
+    ),
 )
 mutants(
     "e05_pattern",
@@ -977,7 +998,7 @@ def receptive_field(last, inputs):
 
 ANSWER = 190.0
 """,
-    "the first entry alone": HEAD
+    "an entry after the other": HEAD
     + """
 import math
 
@@ -989,9 +1010,12 @@ def visible(q_pos, k_pos, window):
 
 
 def receptive_field(last, inputs):
-    gradient = torch.autograd.grad(last[0], inputs)[0].squeeze(0)
-    places = torch.where(gradient.ne(0).any(-1))[0]
-    return int(gradient.shape[0] - places.min())
+    fields = []
+    for entry in last.unbind():
+        gradient = torch.autograd.grad(entry, inputs, retain_graph=True)[0].squeeze(0)
+        places = torch.where(gradient.ne(0).any(-1))[0]
+        fields.append(int(gradient.shape[0] - places.min()))
+    return max(fields)
 
 
 ANSWER = 190
