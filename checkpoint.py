@@ -69,6 +69,8 @@ IMPLEMENTED = {
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None}
 ROPE_TYPES = {"none": "default", "pi": "linear", "yarn": "yarn"}
 SLIDING, FULL = "sliding_attention", "full_attention"
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+FOR_TOOLS = {"layer_types", "dtype", *SPECIAL}  # in config.json of our own kind, and not read
 
 
 # ModelConfig's fields -> config.json -------------------------------------------------------------
@@ -76,9 +78,17 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 def to_json(config: dict, dtype: str = "float32") -> dict:
     """What config.json says of ModelConfig's fields."""
-    ours = {"model_type": OURS, **config}
+    ours = {"model_type": OURS, **config, **_of_any_model(config, dtype)}
     ours["scaling"] = ours.pop("rope_scaling")  # where transformers wants a table, of any model
     return to_cohere2(config, dtype) or ours
+
+
+def _of_any_model(config: dict, dtype: str) -> dict:
+    """What tools ask of every config.json; a layer slides where it has a window."""
+    letters = config["pattern"] * (config["n_layer"] // len(config["pattern"]))
+    content = {"layer_types": [SLIDING if letter.islower() else FULL for letter in letters]}
+    # Our end of text: Cohere2's defaults would lie outside our vocabulary.
+    return content | {"dtype": dtype} | dict.fromkeys(SPECIAL, config["vocab_size"] - 1)
 
 
 def to_cohere2(config: dict, dtype: str) -> dict | None:
@@ -88,20 +98,14 @@ def to_cohere2(config: dict, dtype: str) -> dict | None:
     if unlike or config["qk_norm"] or config["length_scale"] != "none":
         return None
 
-    content = {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2", "dtype": dtype}
+    # What it rotates slides: R by a window without end. And N alone has to have a window too.
+    content = {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2"}
+    content |= _of_any_model(config | {"pattern": pattern.replace("R", "r")}, dtype)
     for ours, (theirs, kind, _) in KEYS.items():
         content[theirs] = None if config[ours] is None else kind(config[ours])
     content["head_dim"] = config["head_dim"] or config["d_model"] // config["n_head"]
-
-    # A pattern of N alone has no window, but transformers wants one.
-    letters = pattern * (config["n_layer"] // len(pattern))
-    content["layer_types"] = [SLIDING if letter in "rR" else FULL for letter in letters]
     content["sliding_window"] = ENDLESS if "R" in pattern else config["window"] or ENDLESS
     content |= _to_rope(config, content["head_dim"])
-
-    # Our end of text: Cohere2's defaults would lie outside our vocabulary.
-    special = ("bos_token_id", "eos_token_id", "pad_token_id")
-    content |= dict.fromkeys(special, config["vocab_size"] - 1)
     content |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
     return content | {"use_cache": True}
 
@@ -150,7 +154,7 @@ def load_config(path: str | Path) -> dict:
 
 def _ours(raw: dict) -> dict:
     """ModelConfig's fields of a model_type of our own; those written before have rope_scaling."""
-    fields = {key: raw[key] for key in raw if key not in ("model_type", "scaling")}
+    fields = {key: raw[key] for key in raw if key not in FOR_TOOLS | {"model_type", "scaling"}}
     return fields | ({"rope_scaling": raw["scaling"]} if "scaling" in raw else {})
 
 
@@ -170,7 +174,7 @@ def verify_config(path: Path, config: dict, source: str | Path) -> None:
     file = path / "config.json"
     found = read_json(file)
     for key, value in to_json(config).items():
-        if found.get(key) != value:
+        if found.get(key, value if key in FOR_TOOLS else None) != value:
             values = f"{shown(value)} in the one and {shown(found.get(key))} in the other"
             raise ValueError(f"{source} and {file} disagree: {key} is {values}")
 
@@ -480,11 +484,15 @@ def unfinished(path: Path) -> Path:
 
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `file`, by write(path), and put it in its place. OSError where it cannot
-    be written."""
+    """Write a file beside `file`, by write(path), and put it in its place, as readable as any new
+    one (safetensors' are their owner's alone). OSError where it cannot be written."""
     partial = unfinished(file)
     try:
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)
         sync(partial)
         os.replace(partial, file)
     except (RuntimeError, SafetensorError) as error:  # so torch and safetensors say: a full disk
@@ -515,6 +523,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     when the block fails. Where `path` is there already, what is new in it takes the place of what
     has the same name; files come last."""
     path = Path(path)
+    if os.path.ismount(path):
+        raise OSError(
+            f"{path} is a disk of its own, to which nothing can be moved: name a folder inside it"
+        )
     partial = unfinished(path)
     shutil.rmtree(partial, ignore_errors=True)  # a process that was killed left it
     partial.mkdir(parents=True)
@@ -575,16 +587,29 @@ def pointed(folder: Path) -> set[str]:
 
 def check_links(folder: Path) -> None:
     """Errors for a folder that a run can neither begin nor go on in: a file (NotADirectoryError); a
-    name that safetensors cannot open; one that has checkpoints of later steps than 0, which a kill
-    leaves at the start, and has lost its run.json or its `last`, as a copy does that skips links
-    (ValueError)."""
+    checkpoint, or somebody else's; a name that safetensors cannot open; one that has checkpoints of
+    later steps than 0, which a kill leaves at the start, or a log of these, and has lost its
+    run.json or its `last`, as a copy does that skips links (ValueError)."""
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file: name a run's folder")
+    if (folder / "model.safetensors").is_file():
+        raise ValueError(
+            f"{folder} is a checkpoint: name its run's folder, such as {folder.parent}"
+        )
+    for name in ("last", "best"):
+        inside = folder / name
+        if inside.is_dir() and any(inside.iterdir()) and not (inside / "config.json").is_file():
+            raise ValueError(f"{inside} is no checkpoint: choose another --out")
     if str(folder).encode(errors="ignore").decode() != str(folder):
         raise ValueError(f"{folder} is not UTF-8: safetensors opens no such --out")
     steps = sorted(f.name for f in folder.glob("step-*") if re.fullmatch(STEP, f.name))
     steps = [name for name in steps if int(name.removeprefix("step-"))]
     if not steps and not (folder / "best").is_dir():
+        log = folder / "log.jsonl"
+        lines = log.read_bytes().splitlines() if log.is_file() else []
+        if not (folder / "last").is_dir() and not all(b'"step": 0,' in line for line in lines):
+            gone = f"{log} tells of steps whose checkpoints are gone"
+            raise ValueError(f"{gone}: move it away, or choose another --out")
         return
     if not (folder / "last").is_dir():
         copy = unfinished(folder / "last")  # where there are no links, whole once `last` is gone

@@ -5,11 +5,17 @@ import difflib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import BinaryIO, NoReturn
+
+# Of the processes that torchrun has started: it sets all of these. One alone is a cluster's, or a
+# sweep's.
+TORCHRUN = list(map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR")))
+RANK, RANKS = map(int, TORCHRUN[:2] if all(TORCHRUN) else (0, 1))
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -52,7 +58,7 @@ def fail(error: BaseException | str, alone: bool = False) -> NoReturn:
     """Print `error: ...` as one line to stderr and exit with status 2. Of several processes that
     torchrun has started, which all meet the same, the first one speaks; but one that met it alone
     speaks for itself."""
-    if int(os.environ.get("RANK", 0)) > 0 and not alone:
+    if RANK > 0 and not alone:
         sys.exit()
     line = printable(" ".join(str(error).split()))
     print(
@@ -90,6 +96,8 @@ def guarded(main: Callable) -> Callable:
             fail("the input is nested too deeply: it is damaged")
         except (ValueError, OSError, FloatingPointError) as error:
             fail(error)
+        except ModuleNotFoundError as error:
+            fail(f"{error}: pip install -r requirements.txt")
         except (MemoryError, RuntimeError) as error:
             if "probability tensor" in str(error):  # torch.multinomial's
                 fail("the logits are not finite: the weights are damaged, or their training was")
@@ -219,7 +227,12 @@ def locked(path: Path, refusal: str, wait: float = 0):
     path = Path(os.path.realpath(path))  # one lock for a folder and the links to it
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
-    file.touch()  # an OSError where it cannot be, for which FileLock would wait
+    try:  # FileLock would wait for the right to write; on some disks a lock is that the file exists
+        file.touch() if file.exists() else tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        inside = f", or one inside {path}" if path.is_dir() else ""
+        mend = f"give a folder elsewhere{inside}"
+        raise OSError(f"cannot write into {path.parent} ({error.strerror}): {mend}") from error
     lock = FileLock(file, timeout=wait)
     try:
         return lock.acquire()
@@ -254,7 +267,7 @@ def choose_device(name: str | None):
         raise ValueError(
             f"--device {name}: this machine (or this build of torch) has none; use --device cpu"
         )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "cpu":
+    if RANKS > 1 and device.type != "cpu":
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if device.type != "cuda" or here > gpus:
             raise ValueError(

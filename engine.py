@@ -41,7 +41,7 @@ def fill(model: Transformer, tokens: Tensor, cache: KVCache) -> None:
 def read(model: Transformer, chunk: Tensor, cache: KVCache) -> None:
     """One chunk (b t). Nobody reads the last layer's output: its keys and values are enough."""
     *blocks, last = model.layers
-    if not is_plain(last):
+    if type(model) is not Transformer or not is_plain(last):
         model.hidden(chunk, cache)
         return
     x = as_autocast(model.embed_tokens(chunk))
@@ -61,7 +61,7 @@ def prefill(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
     """Read tokens (b t) into the cache; logits (b v) after the last. ValueError as `fill`."""
     cache.check_room(tokens.shape[1])
     fill(model, tokens[:, :-1], cache)
-    return model(tokens[:, -1:], cache)[:, 0]
+    return model.unembed(model.hidden(tokens[:, -1:], cache)[:, 0])
 
 
 @torch.inference_mode()
@@ -104,14 +104,15 @@ def stream(
 
 def eager_step(model: Transformer, cache: KVCache, count: int) -> Callable[[Tensor], Tensor]:
     """token (b) -> logits (b v) after it, for `count` tokens, whose rotary table is made once."""
+    if type(model) is not Transformer:  # which may have its own way
+        return lambda token: model.unembed(model.hidden(token[:, None], cache)[:, 0])
     start, device = cache.length, cache.k[0].device
     table = model.rotary_table(torch.arange(start, start + count, device=device))
     blocks = [joined(block) if count else block for block in model.layers]
     layers = list(enumerate(zip(blocks, model.plan)))
 
     def step(token: Tensor) -> Tensor:
-        at = cache.length - start
-        shared = model.share(1, device, cache, table=table[at : at + 1])
+        shared = model.share(1, device, cache, table=table[cache.length - start :][:1])
         x = as_autocast(model.embed_tokens(token[:, None]))
         for i, (block, spec) in layers:
             x = block(x, spec, shared, i)

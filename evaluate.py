@@ -28,7 +28,7 @@ def validation_loss(
     model: Transformer, corpus: Corpus, length: int, tokens: int
 ) -> tuple[float, float]:
     """(nats per token, bits per UTF-8 byte) over about `tokens` of plain validation text,
-    end-of-text left out."""
+    end-of-text left out. FloatingPointError where they are not finite."""
     windows = validation_windows(corpus, length, max(1, tokens // length))
     sizes = torch.tensor(
         [len(corpus.tokenizer.token_bytes(i)) for i in range(corpus.tokenizer.n_vocab)]
@@ -41,6 +41,8 @@ def validation_loss(
         nats += model.loss(chunk[:, :-1].to(device), targets.to(device), text.to(device)).item()
         counted += text.sum().item()
         size += sizes[targets].sum().item()
+    if not math.isfinite(nats):
+        raise FloatingPointError(f"the validation loss is {nats}")
     return nats / counted, nats / math.log(2) / size
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+from commandline import RANK, RANKS
+
 INTERRUPTS: list[int] = []  # of this rank; the others hear of it in `add_up`
 
 
@@ -29,8 +30,7 @@ def run(main) -> None:
     except SystemExit as left:
         status = left.code or 0
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if RANK == 0 or not lost:
+        if RANK == 0 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise  # where another rank is lost, that one has said why
     sys.stdout.flush()
     os._exit(status)

@@ -70,48 +70,42 @@ def train(run: Run) -> None:
     log = Log(run.log, run.step)
     steps = range(run.step, run.max_steps)
     disable = None if steps and parallel.RANK == 0 else True  # None: shown on a terminal alone
-    bar = tqdm(
-        total=recipe.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=disable
-    )
-
+    options = {"unit": "step", "dynamic_ncols": True, "disable": disable}
     batches = prefetch(lambda step: batch_of(run, step), steps)
     seconds, tokens, timed = 0.0, 0, set()
-    for step, batch in zip(steps, batches):
-        stage = recipe.stage_at(step)
-        model.config = stage.config  # a phase may change how positions are treated
-        if step == stage.start:
-            run.best = math.inf  # losses at other lengths or positions do not compare
+    with tqdm(total=recipe.steps, initial=run.step, **options) as bar:
+        for step, batch in zip(steps, batches):
+            stage = recipe.stage_at(step)
+            model.config = stage.config  # a phase may change how positions are treated
+            if step == stage.start:
+                run.best = math.inf  # losses at other lengths or positions do not compare
 
-        # One update.
-        started = time.perf_counter()
-        value, norm = update(run, batch, loss, stage.rate(step))
-        if not math.isfinite(value + norm):
-            bar.close()
-            raise FloatingPointError(
-                f"step {step}: the loss is {value} (learning rate {stage.rate(step):.4g}, gradient "
-                f"norm {norm:.4g}): lower --lr; the last good checkpoint is {run.out / 'last'}"
-            )
-        run.step, took = step + 1, time.perf_counter() - started
+            # One update.
+            started, lr = time.perf_counter(), stage.rate(step)
+            value, norm = update(run, batch, loss, lr)
+            if not math.isfinite(value + norm):
+                found = f"learning rate {lr:.4g}, gradient norm {norm:.4g}"
+                raise FloatingPointError(f"the loss is {value} ({found})")
+            run.step, took = step + 1, time.perf_counter() - started
 
-        # What it said.
-        length = batch.tokens.shape[1]
-        entry = {"step": run.step, "loss": value, "lr": stage.rate(step), "grad_norm": norm}
-        log.write(**entry, length=length, seconds=took)
-        shape = stage.start, length
-        if shape in timed or not run.compile:  # its first step was spent in the compiler
-            seconds, tokens = seconds + took, tokens + batch.tokens.numel()
-        timed.add(shape)
-        rate = tokens / max(seconds, 1e-9)
-        speed = f"{rate:,.0f} tokens/s, MFU {mfu(run, length, rate)}"
-        bar.set_postfix_str(f"loss {value:.3f}, {speed}", refresh=False)
-        bar.update()
+            # What it said.
+            length = batch.tokens.shape[1]
+            entry = {"step": run.step, "loss": value, "lr": lr, "grad_norm": norm}
+            log.write(**entry, length=length, seconds=took)
+            shape = stage.start, length
+            if shape in timed or not run.compile:  # its first step was spent in the compiler
+                seconds, tokens = seconds + took, tokens + batch.tokens.numel()
+            timed.add(shape)
+            rate = tokens / max(seconds, 1e-9)
+            speed = f"{rate:,.0f} tokens/s, MFU {mfu(run, length, rate)}"
+            bar.set_postfix_str(f"loss {value:.3f}, {speed}", refresh=False)
+            bar.update()
 
-        if run.step % recipe.eval_every == 0 or run.step in (stage.end, run.max_steps):
-            if parallel.RANK == 0:
-                with autocast(run):
-                    bar.write(evaluate(run, stage, held_out, log))
-            seconds = tokens = 0.0
-    bar.close()
+            if run.step % recipe.eval_every == 0 or run.step in (stage.end, run.max_steps):
+                if parallel.RANK == 0:
+                    with autocast(run):
+                        bar.write(evaluate(run, stage, held_out, log))
+                seconds = tokens = 0.0
     if parallel.RANK == 0:
         with autocast(run):
             finish(run, held_out, log)
@@ -249,6 +243,10 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             mend = f": go on with --resume {run.out}" if is_run(run.out) else ""
             raise KeyboardInterrupt(f"interrupted after step {run.step}{mend}") from None
+        except FloatingPointError as error:
+            mend = f"lower --lr; the last good checkpoint is {run.out / 'last'}"
+            mend = mend if is_run(run.out) else "these weights are damaged"
+            raise FloatingPointError(f"step {run.step}: {error}: {mend}") from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

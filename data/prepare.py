@@ -62,8 +62,9 @@ QUIET = {"delay": 1, "leave": False, "disable": None}
 
 def walk(root: Path, keep: Callable[[str], bool]) -> Iterator[tuple[str, Path]]:
     """(name relative to root, path) of the files below root whose own and whose folders' names are
-    kept, sorted; links to folders are not followed."""
-    for folder, folders, files in os.walk(root):
+    kept, sorted; links to folders are not followed. Folders that cannot be read are named aloud."""
+    aloud = lambda error: print(printable(f"left out {error.filename}: {error.strerror}"))
+    for folder, folders, files in os.walk(root, onerror=aloud):
         folders[:] = sorted(filter(keep, folders))
         for file in sorted(filter(keep, files)):
             path = Path(folder, file)
@@ -89,16 +90,20 @@ def read_text(path: Path) -> str:
     return decoded(read_input(path, LARGEST), path, "convert it (iconv -t utf-8) or leave it out")
 
 
-def read_all(files: Iterable[tuple[str, Path]], where: Path | str) -> Documents:
-    """The documents of named files. Those that are no text are left out, and counted aloud where
-    there are others."""
+def read_all(
+    files: Iterable[tuple[str, Path]], where: Path | str, inside: Path | None = None
+) -> Documents:
+    """The documents of named files. Those that are no text, and links that lead out of the folder
+    `inside`, are left out and counted aloud."""
     documents, left_out = [], []
     for name, path in files:
         try:
+            if inside and not path.resolve().is_relative_to(inside.resolve()):
+                raise ValueError(f"{path} is a link that leads out: copy what it leads to")
             documents.append((name, read_text(path)))
         except ValueError as error:
             left_out.append(str(error))
-    if documents and left_out:
+    if left_out:
         count = len(documents) + len(left_out)
         some = f"left out {len(left_out)} of {count} files, such as {left_out[0]}"
         print(printable(f"{where}: {some}"))
@@ -120,14 +125,12 @@ def is_table(text: str) -> bool:
 
 
 def from_text(path: Path) -> Documents:
-    """A file, or every text file below a folder but the hidden ones and links that lead out."""
+    """A file, or every text file below a folder but the hidden ones."""
     if not path.exists():
         raise FileNotFoundError(f"{path} not found; give --text a file or folder that exists")
     if not path.is_dir():
         return [(path.name, read_text(path))]
-    files = walk(path, lambda name: not name.startswith("."))
-    inside = [file for file in files if file[1].resolve().is_relative_to(path.resolve())]
-    documents = read_all(inside, path)
+    documents = read_all(walk(path, lambda name: not name.startswith(".")), path, inside=path)
     if not documents:
         raise ValueError(f"{path} holds no UTF-8 text file; give --text a folder that does")
     return documents
@@ -326,9 +329,10 @@ def remove_unfinished(parent: Path) -> None:
     """Remove what killed preparations left in this folder; those that go on are let be."""
     for lock in parent.glob(".*.lock"):
         other = lock.with_name(lock.name[1:].removesuffix(".lock"))
-        if other.with_name(f".{other.name}.unfinished").is_dir():
-            with suppress(ValueError, OSError), unfinished(other, wait=0):
-                pass  # whoever can enter can remove it
+        with suppress(ValueError, OSError):  # a name too long, or one who goes on
+            if other.with_name(f".{other.name}.unfinished").is_dir():
+                with unfinished(other, wait=0):
+                    pass  # whoever can enter can remove it
 
 
 def prepare(

@@ -142,9 +142,12 @@ def grade(folder: Path, seed: int, seconds: float) -> Student:
         for exercise, path in student.files.items():
             if path.stat().st_size > LARGEST:
                 student.fail(exercise, "the file is larger than a megabyte")
-            else:
+                continue
+            try:
                 shutil.copyfile(path, Path(place, f"{exercise}.py"))
                 left.append(exercise)
+            except OSError as error:
+                student.fail(exercise, f"the file cannot be read ({error.strerror})")
         while left:
             left = attempt(student, left, Path(place), seed, seconds)
     return student
@@ -226,6 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         raise FileNotFoundError(f"{args.submissions} is no folder")
     folders = sorted(path for path in args.submissions.iterdir() if path.is_dir())
     folders = [path for path in folders if not path.name.startswith((".", "__"))]
+    if args.feedback:  # of an earlier grading
+        folders = [path for path in folders if path.resolve() != args.feedback.resolve()]
     if not folders:
         raise ValueError(f"{args.submissions} holds no folders: it takes one a student")
     if args.feedback:
@@ -234,17 +239,21 @@ def main(argv: list[str] | None = None) -> None:
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
 
     students = []
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for student in pool.map(lambda folder: grade(folder, seed, args.seconds), folders):
-            students.append(student)
-            if args.feedback:
-                text = student.feedback()
-                (args.feedback / f"{student.name}.txt").write_text(text, encoding="utf-8")
-            print(f"{student.name}: {student.row()[1]}", flush=True)
-    with open(args.out, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["student", "total", *EXERCISES, "remarks"])
-        writer.writerows(student.row() for student in students)
+    as_text = {"encoding": "utf-8", "errors": "backslashreplace"}  # a name from another system
+    try:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for student in pool.map(lambda folder: grade(folder, seed, args.seconds), folders):
+                students.append(student)
+                if args.feedback:
+                    (args.feedback / f"{student.name}.txt").write_text(
+                        student.feedback(), **as_text
+                    )
+                print(f"{student.name}: {student.row()[1]}", flush=True)
+    finally:  # what an interrupt leaves is written too
+        with open(args.out, "w", newline="", **as_text) as file:
+            writer = csv.writer(file)
+            writer.writerow(["student", "total", *EXERCISES, "remarks"])
+            writer.writerows(student.row() for student in students)
     print(f"{len(students)} students, seed {seed}: {args.out}")
 
 

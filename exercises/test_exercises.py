@@ -20,7 +20,7 @@ def loaded(exercise: str):
         return wrong
 
 
-def tests_of(exercise: str) -> list:
+def cases_of(exercise: str) -> list:
     """One for each check; one that is skipped where its checks need a package that is missing."""
     try:
         return [pytest.param(check, id=f"{exercise}-{check.name}") for check in checks(exercise)]
@@ -29,7 +29,7 @@ def tests_of(exercise: str) -> list:
         return [pytest.param(None, id=exercise, marks=skip)]
 
 
-@pytest.mark.parametrize("check", [test for exercise in EXERCISES for test in tests_of(exercise)])
+@pytest.mark.parametrize("check", [case for exercise in EXERCISES for case in cases_of(exercise)])
 def test_exercise(check, results):
     if not (FOLDER / f"{check.exercise}.py").is_file():
         pytest.skip(f"{FOLDER} has no {check.exercise}.py")

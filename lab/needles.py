@@ -140,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
         depths = [None] if task == "aggregation" else dict.fromkeys(args.depths)
         wanted += [(task, length, depth, args.examples, args.seed) for depth in depths]
     for cell in wanted:
-        list(cell_examples(needles, *cell))  # ValueError before anything is measured
+        for _ in cell_examples(needles, *cell):  # ValueError before anything is measured
+            pass
     every = report.progress(list(product(models.items(), wanted)))
     cells = [measure(model, needles, name, *cell) for (name, model), cell in every]
     report.write(cells, args.out, plot, text(cells))

@@ -48,6 +48,8 @@ def open_checkpoints(
     for name, value in vars(args).items():
         if type(value) is int:
             at_least(0 if name == "seed" else 1, **{name: value})
+    for length in args.lengths or []:
+        require(length > 0, f"{length} tokens are no length: give 1 or more")
     device, _ = choose_device(args.device)
     models = {}
     for path in args.checkpoints:
@@ -133,10 +135,14 @@ def write_rows(rows: list, path: Path) -> None:
 
 
 def write(rows: list, out: Path, plot: Callable, text: str) -> None:
-    """OUT.csv, a line for each of `rows`, and OUT.png, drawn by plot(rows, path); then the text."""
-    write_rows(rows, Path(f"{out}.csv"))
-    plot(rows, Path(f"{out}.png"))
-    print(f"{text}\nwritten to {out}.csv and {out}.png")
+    """OUT.csv, a line for each of `rows`, and OUT.png, drawn by plot(rows, path); then the text,
+    which a full disk does not take."""
+    try:
+        write_rows(rows, Path(f"{out}.csv"))
+        plot(rows, Path(f"{out}.png"))
+    finally:
+        print(text)
+    print(f"written to {out}.csv and {out}.png")
 
 
 def grouped(rows: Iterable, field: str) -> dict:

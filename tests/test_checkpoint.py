@@ -440,9 +440,15 @@ def test_what_cohere2_cannot_express_is_ours_alone(tmp_path, changes):
     assert theirs("def v").input_ids == ids
     assert theirs.model_input_names == ["input_ids", "attention_mask"]
 
-    # As it was written before.
+    # What tools ask of any model is there, and not what makes it.
     file = tmp_path / "config.json"
     content = json.loads(file.read_text())
+    kinds = ["sliding_attention" if spec.window else "full_attention" for spec in ours.plan]
+    assert content.pop("layer_types") == kinds and content.pop("dtype") == "float32"
+    special = [content.pop(f"{name}_token_id") for name in ("bos", "eos", "pad")]
+    assert special == [ours.config.vocab_size - 1] * 3
+
+    # As it was written before.
     content["rope_scaling"] = content.pop("scaling")
     file.write_text(json.dumps(content))
     assert Transformer.from_pretrained(tmp_path).config == ours.config

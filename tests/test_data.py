@@ -681,6 +681,23 @@ def test_a_package_says_which_of_its_files_are_no_text(tmp_path, monkeypatch, ca
     assert "left out 1 of 2 files" in said and "old.py is not UTF-8" in said
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs links")
+def test_links_that_lead_out_of_a_folder_are_counted(tmp_path, capsys):
+    """As a download cache has them; a package's are followed."""
+    (tmp_path / "blob").write_text("x = 1")
+    for name in ("notes", "linked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").symlink_to("../blob")
+    with pytest.raises(ValueError, match="holds no UTF-8 text file"):
+        from_text(tmp_path / "notes")
+    (tmp_path / "notes" / "own.txt").write_text("y = 1")
+    assert [name for name, _ in from_text(tmp_path / "notes")] == ["own.txt"]
+    assert capsys.readouterr().out.count("__init__.py is a link that leads out: copy") == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        assert len(from_package("linked")) == 1
+
+
 TABLE = "X = [\n" + "    (0x1F, 'a', -1.5e3),\n    [b'\\'', \"#\"],  # why\n" * 3 + "]\n"
 
 

@@ -123,6 +123,18 @@ def test_what_is_wrapped_or_hooked_acts_on_every_token(change):
     assert torch.equal(model.generate(tokens, 20), expected)
 
 
+def test_a_subclass_of_the_model_acts_on_every_token():
+    class Turned(Transformer):
+        def hidden(self, *args, **options):
+            return super().hidden(*args, **options).roll(1, -1)
+
+    model, tokens = tiny(), text()
+    plain = model.generate(tokens, 20)
+    model.__class__ = Turned
+    assert not torch.equal(model.generate(tokens, 20), plain)
+    assert torch.equal(written(model, tokens), model.generate(tokens, 20))
+
+
 @pytest.mark.parametrize("path", ["layers.3", "layers.3.mlp", "layers.0.self_attn.q_proj", "norm"])
 def test_a_hook_hears_of_every_token(path):
     """A prompt of 9 and 20 new tokens, of which the last is never read, whatever the chunks."""

@@ -8,12 +8,15 @@ import importlib
 import io
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from contextlib import redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -248,6 +251,15 @@ def test_a_handout_is_measured_elsewhere(checkpoints, corpus_folder, tmp_path, m
     with zipfile.ZipFile("class.zip") as archive:
         assert not [name for name in archive.namelist() if name.endswith("training.pt")]
         archive.extractall(there)
+    before = Path("class.zip").read_bytes()
+    for wrong, said in (
+        (str(here / "out" / "hybrid"), "not below this folder"),
+        ("out/hybrid", "run.json not found"),
+    ):
+        with pytest.raises(SystemExit):
+            handout.main([wrong])
+        assert said in capsys.readouterr().err and Path("class.zip").read_bytes() == before
+        Path("out/hybrid/run.json").unlink(missing_ok=True)
     monkeypatch.chdir(there)
     few = measure.single
     monkeypatch.setattr(measure, "single", lambda needles, length, n: few(needles, 512, 1))
@@ -283,7 +295,8 @@ def test_a_class_comes_out(tmp_path, error):
     hand_in(room / "faker", e01_rotate=faker, e02_angles=hanging, e05_pattern=some["e05_pattern"])
     (room / "notes.txt").write_text("no student")
 
-    out, feedback = tmp_path / "points.csv", tmp_path / "feedback"
+    out, feedback = tmp_path / "points.csv", room / "feedback"
+    feedback.mkdir()  # an earlier grading's
     grade.main([str(room), "--out", str(out), "--feedback", str(feedback), "--seconds", "2"])
     with open(out, newline="", encoding="utf-8") as file:
         rows = {row["student"]: row for row in csv.DictReader(file)}
@@ -306,11 +319,44 @@ def test_a_class_comes_out(tmp_path, error):
         assert f"{flag} {value}" in error(grade.main, room, flag, value)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are text")
+def test_an_odd_student_costs_the_class_nothing(tmp_path, monkeypatch):
+    """A name from a Windows zip, and a file that cannot be read."""
+    room, out = tmp_path / "class", tmp_path / "points.csv"
+    hand_in(room / os.fsdecode(b"m\xfcller"), e01_rotate="x = 1")
+    hand_in(room / "other", e01_rotate="x = 1")
+    copy = shutil.copyfile
+
+    def locked(source, place):
+        if source.parent.name == "other":
+            raise PermissionError(13, "Permission denied", str(source))
+        return copy(source, place)
+
+    monkeypatch.setattr(shutil, "copyfile", locked)
+    grade.main([str(room), "--out", str(out), "--feedback", str(tmp_path / "feedback")])
+    with open(out, newline="", encoding="utf-8") as file:
+        rows = {row["student"]: row["remarks"] for row in csv.DictReader(file)}
+    assert rows["m\\udcfcller"] == "" and len(list((tmp_path / "feedback").iterdir())) == 2
+    assert rows["other"] == "e01_rotate: the file cannot be read (Permission denied)"
+
+
 def students_pytest(folder, *words):
     """What `pytest exercises/` says of the files of a folder."""
     pytest = "-m", "pytest", "-p", "no:cacheprovider", "exercises/"
     done = Command(*pytest, *words, folder=HERE.parent, EXERCISES=str(folder)).wait()
     return done.status, done.out
+
+
+def test_where_the_projects_packages_are_missing_all_but_two_are_checked(tmp_path):
+    (tmp_path / "einops.py").write_text("raise ImportError('no einops here')")
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "exercises/"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        words, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=120
+    )
+    project = [len(checks(name)) for name in ("e09_model", "e11_extend")]
+    assert done.returncode == 0 and f"{61 - sum(project) + 2} skipped" in done.stdout, done.stdout
+    assert "the checks of e09_model need the whole project: no einops here" in done.stdout
 
 
 def test_a_students_pytest(tmp_path):

@@ -87,13 +87,31 @@ def test_two_dashes_end_the_flags():
 
 
 def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(commandline, "RANK", 1)
     with pytest.raises(SystemExit) as stop:
         commandline.fail("all met this")
     assert not stop.value.code and capsys.readouterr().err == ""
     with pytest.raises(SystemExit) as stop:
         commandline.fail("met alone", alone=True)
     assert stop.value.code == 2 and "met alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "variables,found",
+    [
+        ({"RANK": "1"}, "0 1"),  # a sweep's
+        ({"RANK": "", "WORLD_SIZE": "2"}, "0 1"),  # a cluster's
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "1 2"),
+    ],
+)
+def test_only_torchruns_variables_together_count(variables, found):
+    """A RANK alone made training keep nothing and fail in silence."""
+    code = "import commandline; print(commandline.RANK, commandline.RANKS)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert said.stdout.strip() == found
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs pipes as Linux and macOS have them")

@@ -20,7 +20,7 @@ FLOORS = [  # from the ground; a module may import what stands on a lower floor,
     {"lab", "exercises"},
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
-# Imports on one floor that design draws: parallel needs nothing of ours, evaluate uses the engine.
+# On one floor: parallel needs the command line alone, evaluate the engine.
 BUDGETS = {
     "attention.py": 330,
     "model.py": 340,

@@ -5,6 +5,7 @@ The errors run as subprocesses would be slow (torch imports); `command` runs a m
 and reads what it printed.
 """
 
+import errno
 import io
 import json
 import math
@@ -1266,6 +1267,70 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert torch.isfinite(
         Transformer.from_pretrained(tmp_path / "x" / "last").embed_tokens.weight
     ).all()
+
+
+def test_a_validation_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
+    run, error, corpus_folder, tiny, monkeypatch
+):
+    """The update before it was of finite gradients, and broke the weights."""
+    real = train.validation_loss
+    run("--out", "x", "--max-steps", "1")
+    run("--resume", "x", "--max-steps", "2", recipe=None)
+    good, log = os.readlink("x/last"), Path("x/log.jsonl").read_text()
+
+    def broken(model, *rest):
+        model.embed_tokens.weight.data[:] = math.inf
+        return real(model, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validation_loss", broken)
+        line = error(train.main, "--resume", "x", "--max-steps", "4")
+    assert "step 4: the validation loss is nan" in line and "lower --lr" in line
+    assert "the last good checkpoint is x/last" in line and os.readlink("x/last") == good
+    assert Path("x/log.jsonl").read_text().startswith(log) and "NaN" not in log
+    assert all(p.isfinite().all() for p in Transformer.from_pretrained("x/last").parameters())
+
+
+def test_a_folder_of_somebody_else_is_not_overwritten(run, error, tiny, corpus_folder):
+    """Whose last/ is no checkpoint, or whose log tells of a training."""
+    words = [tiny, "--data", corpus_folder, "--out"]
+    Path("p/last").mkdir(parents=True)
+    Path("p/last/precious").write_text("mine")
+    assert "p/last is no checkpoint: choose another --out" in error(train.main, *words, "p")
+    assert Path("p/last/precious").read_text() == "mine"
+
+    run("--out", "x", "--max-steps", "2")
+    for folder in Path("x").glob("step-*"):
+        shutil.rmtree(folder)  # for want of room
+    log = Path("x/log.jsonl").read_text()
+    for more in ([*words, "x"], ["--resume", "x"]):
+        assert "x/log.jsonl tells of steps whose checkpoints are gone" in error(train.main, *more)
+    assert Path("x/log.jsonl").read_text() == log
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes, mounts and locks of Linux and macOS")
+def test_where_a_run_may_stand(run, error, tiny, corpus_folder, monkeypatch):
+    """Readable for others; not a mount point, to which no folder can be moved; and on a disk
+    without locks, such as some clusters have."""
+    old = os.umask(0o022)
+    try:
+        run("--out", "x", "--max-steps", "2")
+    finally:
+        os.umask(old)
+    assert {file.stat().st_mode & 0o777 for file in Path("x/last").iterdir()} == {0o644}
+    words = [tiny, "--data", corpus_folder, "--max-steps", "1", "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path).name == "m")
+        assert "m is a disk of its own" in error(train.main, *words, "m")
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="flock"):
+        run("--out", "y", "--max-steps", "2")
+    assert logged_steps(Path("y")) == [1, 2]
 
 
 def test_running_out_of_memory_names_the_knob(run, error, corpus_folder, tiny, monkeypatch):
