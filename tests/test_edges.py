@@ -56,7 +56,7 @@ def test_a_folder_says_what_it_left_out(tmp_path, monkeypatch, capsys):
     (tmp_path / "notes" / "latin.txt").write_bytes("Öl\n".encode("latin-1"))
     (tmp_path / "notes" / "out.txt").symlink_to(tmp_path / "secret.txt")
     prepare_main(["--text", "notes", "--vocab-size", "280", "--out", "made"])
-    assert "left out 1 of 13 files, such as notes/latin.txt" in capsys.readouterr().out
+    assert "left out 2 of 14 files, such as notes/latin.txt" in capsys.readouterr().out
     corpus = load_corpus("made")
     text = corpus.tokenizer.decode_bytes([*corpus.train.tolist(), *corpus.val.tolist()])
     assert b"not in the folder" not in text
