@@ -94,7 +94,7 @@ def read_all(
     files: Iterable[tuple[str, Path]], where: Path | str, inside: Path | None = None
 ) -> Documents:
     """The documents of named files. Those that are no text, and links that lead out of the folder
-    `inside`, are left out and counted aloud."""
+    `inside`, are left out, and counted aloud where there are others."""
     documents, left_out = [], []
     for name, path in files:
         try:
@@ -103,7 +103,7 @@ def read_all(
             documents.append((name, read_text(path)))
         except ValueError as error:
             left_out.append(str(error))
-    if left_out:
+    if documents and left_out:
         count = len(documents) + len(left_out)
         some = f"left out {len(left_out)} of {count} files, such as {left_out[0]}"
         print(printable(f"{where}: {some}"))
@@ -132,7 +132,8 @@ def from_text(path: Path) -> Documents:
         return [(path.name, read_text(path))]
     documents = read_all(walk(path, lambda name: not name.startswith(".")), path, inside=path)
     if not documents:
-        raise ValueError(f"{path} holds no UTF-8 text file; give --text a folder that does")
+        none = f"{path} holds no UTF-8 text file (links that lead out are none)"
+        raise ValueError(f"{none}; give --text a folder that does")
     return documents
 
 
