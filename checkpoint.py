@@ -598,7 +598,8 @@ def check_links(folder: Path) -> None:
         )
     for name in ("last", "best"):
         inside = folder / name
-        if inside.is_dir() and any(inside.iterdir()) and not (inside / "config.json").is_file():
+        held = set(os.listdir(inside)) if inside.is_dir() else set()
+        if held and not held & {"config.json", "model.safetensors", CHECKSUMS}:
             raise ValueError(f"{inside} is no checkpoint: choose another --out")
     if str(folder).encode(errors="ignore").decode() != str(folder):
         raise ValueError(f"{folder} is not UTF-8: safetensors opens no such --out")
