@@ -86,13 +86,16 @@ def page(made: list[tuple[str, dict]], rates: list[float], picture: str) -> str:
             shown = "{exact:.2f} ± {exact_error:.2f} / {likelihood:.2f}".format_map
             rows.append([name, *map(shown, cells)])
         paragraphs += [f"## {task}", markdown(["", *(f"{n:,}" for n in LENGTHS)], rows)]
-    paragraphs += ["## What others report, and what is seen here", reported(made)]
+    heading = "## What others report, and what is seen here"
+    paragraphs += [heading, PAGE["rule"], reported(made)]
     ways = []
     for name, entry in made:
         how = f", evaluated with {entry['treatment']}"
         if not entry["treatment"]:
             longest = max(map(int, entry["recipe"]["phase"][-1]["lengths"]))
             nats = f"{entry['val_loss']:.3f} nats per token at {longest:,} tokens"
+            if name.endswith("*") and entry["curve"]:
+                nats += f"; needles while it trained: {runs.learning(entry)} tokens"
             how = f" ({entry['seconds']:.0f} s, {nats})"
         ways.append(f"- {name}: `{entry['plan']}`{how}")
     paragraphs += ["## How each was made", "\n".join(ways)]
@@ -100,23 +103,24 @@ def page(made: list[tuple[str, dict]], rates: list[float], picture: str) -> str:
 
 
 def reported(made: list[tuple[str, dict]]) -> str:
-    """What papers report, and what was found: a difference counts beyond two standard errors."""
-    entries = {name.rstrip(" *"): (entry, name) for name, entry in made}
+    """What papers report, and what was found: a difference counts beyond two standard errors, and
+    where both had learned to retrieve."""
+    entries = {name.rstrip(" *"): entry for name, entry in made}
+    unlearned = {name.rstrip(" *") for name, _ in made if name.endswith("*")}
     rows = []
     for row in PAGE["reported"]:
         pair = [row["more"], row["less"]]
         if not entries.keys() >= set(pair):
             continue
-        (a, _), (b, _) = (entries[name] for name in pair)
-        stars = "".join(f" ({name}: *)" for name in pair if entries[name][1].endswith("*"))
         cells = []
         for task in TASKS:
-            x, y = (found(entry, task, row["tokens"]) for entry in (a, b))
+            x, y = (found(entries[name], task, row["tokens"]) for name in pair)
             difference = x["exact"] - y["exact"]
             clear = abs(difference) > 2 * math.hypot(x["exact_error"], y["exact_error"])
             word = ("shown" if difference > 0 else "reversed") if clear else "not shown"
+            word = "not learned" if unlearned & set(pair) else word
             cells.append(f"{x['exact']:.2f} against {y['exact']:.2f}: {word}")
-        rows.append([row["says"], "; ".join(pair) + stars, f"{row['tokens']:,}", *cells])
+        rows.append([row["says"], "; ".join(pair), f"{row['tokens']:,}", *cells])
     return markdown(["reported", "rows", "tokens", *TASKS], rows)
 
 

@@ -11,7 +11,6 @@ the records of lab/runs.py, so that a command that was cut off goes on; with --r
 alone.
 """
 
-import math
 import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -463,12 +462,7 @@ def unlearned(lab: Lab) -> str:
     said = []
     for name, chosen in lab.chosen.items():
         if name in lab.first and not has_learned(lab.run(chosen)):
-            made = lab.run(chosen.stretched(runs.LONGER * lab.stretch))
-            curve, batch = made["curve"], made["recipe"]["batch_tokens"]
-            some = curve[:: -math.ceil(len(curve) / 6)][::-1]
-            points = ", ".join(
-                f"{exact:.2f} after {step * batch / 1e6:.1f}M" for step, exact in some
-            )
+            points = runs.learning(lab.run(chosen.stretched(runs.LONGER * lab.stretch)))
             said.append(WORDS["unlearned"].format(name=name, lab=lab, points=points).strip())
     return "\n\n".join(said)
 

@@ -8,6 +8,7 @@ nothing runs; where a training was cut off, it goes on. Several commands may wor
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -268,6 +269,13 @@ def own_score(made: dict) -> float:
     are chosen by it, so that the needles of a record's cells stay unseen."""
     trained = trained_length(made["recipe"])
     return next(score["exact"] for score in made["table"] if score["length"] == trained)
+
+
+def learning(made: dict) -> str:
+    """Up to six points of a run's needles against tokens of training, the last among them."""
+    curve, batch = made["curve"], made["recipe"]["batch_tokens"]
+    some = curve[:: -math.ceil(len(curve) / 6)][::-1]
+    return ", ".join(f"{exact:.2f} after {step * batch / 1e6:.1f}M" for step, exact in some)
 
 
 def has_learned(made: dict) -> bool:

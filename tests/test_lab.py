@@ -579,6 +579,7 @@ def rated(plan, corpus, treatment=None, **_):
         "seconds": 90.0,
         "val_loss": 2.5,
         "table": [{"length": 512, "exact": exact}],
+        "curve": [] if plan.init else [[100, 0.0], [200, exact]],
         "needles": [at | cell for at in cells],
     }
 
@@ -604,12 +605,29 @@ def test_long_context_writes_a_page(tmp_path, monkeypatch, capsys):
     assert "\n| rrrN, trained with scalable softmax * | " in text and "\n| rrrN | " in text
     assert "\n| RN | " in text and "\n| N | " in text and "## multi-key" in text
     assert (tmp_path / "page.png").exists()
+    learned_so = "while it trained: 0.00 after 0.4M, 0.10 after 0.8M tokens)"
+    assert text.count(learned_so) == 1  # of the row that is marked
     # every row that it speaks of is there
     compared = len(runs.TASKS) * len(long_context.PAGE["reported"])
     assert text.count("0.25 against 0.25: not shown") == compared
+    few = ["--only", "rrrN", "rrrR", "--rates", "0.01", "--out", str(tmp_path / "few")]
+    long_context.main(few)  # at .01 rrrN finds .7
+    text = (tmp_path / "few.md").read_text()
+    assert "| rrrN; rrrR | 8,192 | 0.25 against 0.25: not learned |" in text
     with pytest.raises(SystemExit):
         long_context.main(["--only", "Q"])
     assert "--only: invalid choice: 'Q'" in capsys.readouterr().err
+
+
+def test_the_committed_page_is_what_the_records_say(tmp_path, monkeypatch):
+    """To the byte, without a corpus: its hash is all that a record wants to know."""
+    committed = (runs.HERE / "results" / "long-context.md").read_text(encoding="utf-8")
+    corpus = SimpleNamespace(hash=re.search(r"Corpus (\w+),", committed)[1])
+    monkeypatch.setattr(long_context, "default_corpus", lambda: corpus)
+    monkeypatch.setattr(long_context, "plot", lambda made, out: None)
+    monkeypatch.setattr(runs, "MAY_RUN", False)
+    long_context.main(["--out", str(tmp_path / "long-context")])
+    assert (tmp_path / "long-context.md").read_text(encoding="utf-8") == committed
 
 
 def test_runs_of_different_corpora_are_not_compared(checkpoint, tmp_path, monkeypatch):
