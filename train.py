@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import parallel
 from attention import choose_backend
-from data.batches import Batch, held_out_examples, prefetch, training_batch
+from data.batches import Batch, epochs, held_out_examples, prefetch, training_batch
 from data.needles import Needles
 from device import settle, training_loss
 from evaluate import needle_score, needle_table, validation_loss
@@ -195,10 +195,10 @@ def announce(run: Run) -> None:
                 kernel = "sdpa" if (kernel, window) == ("banded", None) else kernel
                 kernels += f" {kernel} for {f'windows of {window}' if window else 'full layers'},"
             print(f"steps {stage.start}..{stage.end - 1}: {stage.config.pattern}, {kernels[:-1]}")
-    epochs = recipe.steps * recipe.batch_tokens / train
+    times = epochs(run.corpus, run.needles, recipe)
     tokens = f"{recipe.steps} steps of {recipe.batch_tokens:,} tokens"
     warning = f"; WARNING: more than {EPOCHS_TO_WARN} teach by heart, a larger corpus is wanted"
-    print(f"{tokens}: {epochs:.2f} epochs of the corpus" + warning * (epochs > EPOCHS_TO_WARN))
+    print(f"{tokens}: {times:.2f} epochs of the corpus" + warning * (times > EPOCHS_TO_WARN))
 
 
 def finish(run: Run, held_out: Needles | None, log: Log) -> None:

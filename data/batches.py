@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.corpus import Corpus
-from data.needles import NEEDLE, Example, Needles
+from data.needles import NEEDLE, QC, Example, Needles
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,23 @@ def held_out_examples(needles: Needles, length: int, count: int = 8, *each: int)
     each = each or needles.counts(length)
     rngs = (np.random.default_rng([length, i]) for i in range(count))
     return [needles.example(rng, length, *each) for rng in rngs]
+
+
+def epochs(corpus: Corpus, needles: Needles | None, recipe) -> float:
+    """How often a whole run reads the training text. The needles and questions of a sequence are
+    made anew each time and are none of it."""
+    read = 0.0
+    for stage in recipe.stages():
+        for length, share in stage.lengths.items():
+            tokens = (stage.end - stage.start) * share / sum(stage.lengths.values())
+            tokens *= recipe.batch_tokens
+            count = recipe.batch_tokens // length
+            if hiding := round(count * stage.needle_share):  # sequences with needles
+                examples = held_out_examples(needles, length, 16)
+                made = np.mean([np.isin(each.segment, (NEEDLE, QC)) for each in examples])
+                tokens *= 1 - made * hiding / count
+            read += tokens
+    return float(read) / len(corpus.train)
 
 
 def prefetch(make: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Batch]:

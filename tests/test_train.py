@@ -29,7 +29,7 @@ import recipe as recipes
 import sample
 import train
 from commandline import locked
-from data.batches import prefetch, training_batch, validation_windows
+from data.batches import epochs, prefetch, training_batch, validation_windows
 from data.corpus import load_corpus
 from data.needles import BEGIN, CONTEXT, DIGITS, NEEDLE, QC, Needles, held_out
 from data.prepare import prepare
@@ -211,6 +211,40 @@ def test_a_resume_loads_to_the_cpu(run, monkeypatch):
     monkeypatch.setattr(torch, "load", spy)
     run("--resume", "x", recipe=None)
     assert places == ["cpu"]
+
+
+def test_epochs_are_of_text_alone(corpus_folder, monkeypatch):
+    """As counted over every sequence of a run, of which needles and questions take most."""
+    corpus = load_corpus(corpus_folder)
+    needles = Needles(corpus.tokenizer, corpus.train, evaluation=False)
+    mixed = {"steps": 40, "lengths": {128: 3, 256: 1}}
+    long = {"steps": 20, "lengths": {512: 1}, "needle_share": 0.25}
+    recipe = recipes.build({"batch_tokens": 2048, "needle_share": 1.0, "phase": [mixed, long]})
+    counted, example = [], needles.example
+
+    def spy(*args):
+        made = example(*args)
+        counted.append(-np.isin(made.segment[1:], (NEEDLE, QC)).sum())
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(needles, "example", spy)
+        for step in range(60):
+            stage = recipe.stage_at(step)
+            shape = stage.length(step), recipe.batch_tokens, stage.needle_share
+            counted.append(training_batch(corpus, needles, 1, step, *shape).tokens.numel())
+    assert counted[-1] == 2048 and sum(counted) < 0.7 * 60 * 2048
+    want = sum(counted) / len(corpus.train)
+    assert epochs(corpus, needles, recipe) == pytest.approx(want, rel=0.03)
+    plain = replace(recipe, needle_share=0.0, phase=recipe.phase[:1])
+    assert epochs(corpus, None, plain) == 40 * 2048 / len(corpus.train)
+
+
+@pytest.mark.parametrize("stretch,warned", [("1", False), ("9", True)])
+def test_more_than_four_epochs_are_warned_of(run, capsys, stretch, warned):
+    run("--out", "x", "--max-steps", "0", "--stretch", stretch, "--batch-tokens", "65536")
+    said = re.search(r"(\d+\.\d\d) epochs of the corpus(; WARNING)?", capsys.readouterr().out)
+    assert bool(said[2]) == warned == (float(said[1]) > 4)
 
 
 def test_a_batch_is_a_function_of_seed_and_step(corpus_folder):
