@@ -346,10 +346,10 @@ def test_an_id_that_the_vocabulary_leaves_free_is_nothing(saved):
 def test_preparing_where_folders_cannot_be_synced(tmp_path, monkeypatch):
     real_open, real_sync, writable = os.open, os.fsync, set()
 
-    def open_(path, flags, *more):
-        if os.path.isdir(path):
+    def open_(path, flags, *more, dir_fd=None):
+        if os.path.isdir(path) and dir_fd is None:
             raise PermissionError(13, "Permission denied")
-        descriptor = real_open(path, flags, *more)
+        descriptor = real_open(path, flags, *more, dir_fd=dir_fd)
         if flags & os.O_RDWR:
             writable.add(descriptor)
         return descriptor
