@@ -1,7 +1,7 @@
 """2. Fast pairs, slow pairs                                           15 minutes, 6 points
 
 By which angle? Pair i of a head turns theta^(-2i/d) radians a token (section 2): pair 0 goes round
-every six tokens and tells neighbours apart, the last pairs hardly move in a whole book. A larger
+every six tokens and tells neighbours apart, the last pairs hardly move in a paragraph. A larger
 theta slows all but the first down: that is how a context is extended (sections 2, 4), and what it
 costs is the question below.
 
@@ -30,9 +30,10 @@ def angles(positions: Tensor, d: int, theta: float) -> Tensor:
     raise NotImplementedError
 
 
-# Question: a query that equals its key, n tokens away, scores mean(cos(n w_i)) of what it scores on
-# the spot. From which distance on is that below one half, for d = 128 and theta two million? And
-# for 10,000? This is section 4's finding in two numbers: a raised theta blurs recency.
+# Question: a query that equals its key, n tokens away and of equal length in every pair, scores
+# mean(cos(n w_i)) of what it scores on the spot. At which n is that below one half for the first
+# time, for d = 128 and theta two million? And for 10,000? This is section 4's finding in two
+# numbers: a raised theta blurs recency.
 #     python -m exercises.e02_angles
 ANSWER = None
 
@@ -41,4 +42,4 @@ if __name__ == "__main__":
     for theta in (10_000.0, 2_000_000.0):
         score = angles(torch.arange(2000), 128, theta).cos().mean(1)
         first = int((score < 0.5).nonzero()[0])
-        print(f"theta {theta:>9,.0f}: below one half from distance {first}")
+        print(f"theta {theta:>9,.0f}: below one half first at distance {first}")

@@ -2,7 +2,7 @@
 
 A query of a windowed layer (section 5) sees its own key and those of the window - 1 tokens before
 it. That makes a layer cheap and its cache small; what lies further back arrives through the layers
-below, a window each.
+below.
 
         window = 3        q\\k 0 1 2 3 4 5        A cache holds keys in any order, so the mask is
                           0   x . . . . .        made of positions, not of rows and columns; a

@@ -1,8 +1,8 @@
 """6. QK-Norm                                                          20 minutes, 8 points
 
 Some models normalise q and k in every head before they are rotated (section 2): LayerNorm over the
-head width with a gain. It keeps training calm, since no score can grow; and so no attention can be
-sharp in a long context, which is what the paper measures in section 3.
+head width with a gain. It keeps training calm, since the gain bounds every score; and so no
+attention can be sharp in a long context, which is what the paper measures in section 3.
 
         x (b h t d)  ->  (x - mean) / sqrt(variance + 1e-5)  ->  times gain  ->  turn
                          each over the d numbers of one head

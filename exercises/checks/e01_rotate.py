@@ -90,6 +90,9 @@ def check_untouched(mine):
 def check_precision(mine):
     """In bfloat16, at angles near 1,000: only the result is rounded."""
     x, angles = torch.randn(2, 2, 16, 8).bfloat16(), 1000 + 9 * torch.randn(16, 4)
+    wide = x.float()  # what is wrong there too
+    near = near_misses(wide, angles)
+    same("x in float32", mine.rotate(wide.clone(), angles), rotate_spec(wide, angles), near)
     exact = rotate_spec(x.double(), angles)
     got = mine.rotate(x.clone(), angles)
     same("x in bfloat16", got, exact.bfloat16(), tolerance=99)  # its type, shape and dtype

@@ -76,6 +76,6 @@ def check_specification(mine):
 
 @points(1)
 def check_answer(mine):
-    """From which distance on the mean score is below one half, theta two million."""
+    """At which distance the mean score is below one half first, theta two million."""
     hints = {46: "that is theta 10,000", 53: "that is d = 32"}
     answer(mine.ANSWER, 319, 1, hints)

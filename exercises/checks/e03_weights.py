@@ -141,6 +141,12 @@ def check_large(mine):
         if type(got) is Tensor and not got.isfinite().all():
             raise Wrong("exp overflows at scores of 1,000: subtract the row's maximum first")
         same("scores of 1,000", got, wanted, tolerance=1e-3)
+    q, k = torch.full((1, 1, 2, 4), 100.0), torch.tensor([-400.0, 400.0])[None, None, :, None]
+    weak = "hidden by a number that a score may lie below: minus infinity is below all"
+    wanted = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+    near = {weak: torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])}
+    got = mine.weights(q, k.expand(1, 1, 2, 4).clone(), mask[:2, :2])
+    same("one visible score, of -80,000", got, wanted, near)
 
 
 class Exponentials(TorchFunctionMode):

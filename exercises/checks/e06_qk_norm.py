@@ -134,7 +134,9 @@ def check_precision(mine):
 
     x, gain = (1000 + 8 * torch.randn(1, 2, 7, 16)).bfloat16(), 0.5 + torch.rand(16)
     for called in (None, noted):
-        exact = prepare_spec(x.float(), gain, None if called is None else turn)
+        wide, turned = x.float(), None if called is None else turn
+        exact, near = prepare_spec(wide, gain, turned), near_misses(wide, gain, turned)
+        same("x in float32", mine.prepare(wide.clone(), gain.clone(), called), exact, near, 1e-3)
         got = mine.prepare(x.clone(), gain.clone(), called)
         same("x in bfloat16", got, exact.bfloat16(), tolerance=99)  # its type, shape and dtype
         # Rounding the norm, the gain's product and the rotation is wrong by .05 and less; a mean of

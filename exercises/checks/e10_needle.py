@@ -46,10 +46,14 @@ ONE = "every question counts: yours is the first, or the last, alone"
 def near_misses(logits: Tensor, tokens: Tensor, answer: Tensor) -> dict[str, float]:
     likeliest = logits.argmax(-1)
     right = torch.cat((torch.tensor([False]), likeliest[:-1] == tokens[1:]))
+    sure = torch.cat((torch.tensor([False]), logits[:-1].softmax(-1).amax(-1) > 0.5))
     late = likeliest == tokens
     questions = [q for q in answer.unique().tolist() if q >= 0]
     halves = "a value half right is wrong: a whole answer counts, or nothing"
     return {
+        "the likeliest token is that of the largest logit, whatever its probability": share(
+            right & sure, answer, torch.min, questions
+        ),
         LATE: share(late, answer, torch.min, questions),
         halves: float(right[answer >= 0].float().mean()),
         halves + ".": share(right, answer, torch.mean, questions),
@@ -68,22 +72,22 @@ def near_misses(logits: Tensor, tokens: Tensor, answer: Tensor) -> dict[str, flo
     }
 
 
-def example(given: list[int], wrong: list[int], v: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (t v), tokens, answer: every token is guessed, but those at the places `wrong`. No two
-    tokens that follow each other are the same."""
-    answer, t = torch.tensor(given), len(given)
+def example(given: list[int], wrong: list[int], lead: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (t v), tokens, answer: every token is guessed, but those at the places `wrong`, and
+    leads by so much. No two tokens that follow each other are the same."""
+    v, t, answer = 12, len(given), torch.tensor(given)
     tokens = (torch.randint(1, v // 2, (t,)).cumsum(0)) % v
     logits = torch.randn(t, v)
     for i in range(1, t):
         guess = (int(tokens[i]) + (1 if i in wrong else 0)) % v
         if i in wrong and guess == int(tokens[i - 1]):
             guess = (guess + 1) % v  # wrong here, and not right one place late
-        logits[i - 1, guess] = 9.0
+        logits[i - 1, guess] = logits[i - 1].max() + lead
     return logits, tokens, answer
 
 
-def compare(mine, what: str, given: list[int], wrong: list[int]) -> None:
-    logits, tokens, asked = example(given, wrong)
+def compare(mine, what: str, given: list[int], wrong: list[int], lead: float = 8.0) -> None:
+    logits, tokens, asked = example(given, wrong, lead)
     wanted, near = exact_spec(logits, tokens, asked), near_misses(logits, tokens, asked)
     if max(given) > 0:  # told by one question; of several it has the values of other mistakes
         late = near.pop(LATE)
@@ -119,6 +123,7 @@ def check_specification(mine):
         mine, "questions 2 and 7, one of them in two pieces", [-1, 7, 7, -1, 2, 2, -1, 7, -1], [2]
     )
     compare(mine, "an answer after the first token", [-1, 1, 1, -1, 0], [4, 3])
+    compare(mine, "one of four wrong, all guessed with little confidence", given, [9], lead=0.1)
 
 
 @points(2)

@@ -297,6 +297,7 @@ mutants(
     ),
     ("zero instead of -inf", "rows", "a score of zero is not invisible", "-math.inf", "0"),
     ("a small number for -inf", "rows", "hidden keys weigh", "-math.inf", "-20.0"),
+    ("a smaller one", "large", "minus infinity is below all", "-math.inf", "-1e4"),
     (
         "heads tiled",
         "specification",
@@ -604,6 +605,13 @@ mutants(
         RIGHT,
         "right = logits[1:].argmax(-1) == tokens[1:]",
     ),
+    (
+        "more than half of the probability",
+        "specification",
+        "whatever its probability",
+        RIGHT,
+        "right = (logits[:-1].softmax(-1) > 0.5)[torch.arange(len(tokens) - 1), tokens[1:]]",
+    ),
     ("share of digits", "by_hand", "a value half right is wrong", "].all()", "].float().mean()"),
     ("any digit", "by_hand", "a value half right is wrong", "].all()", "].any()"),
     ("counts -1", "by_hand", "-1 is no question", "asked[asked >= 0].unique()", "asked.unique()"),
@@ -840,6 +848,13 @@ mutants(
         "a token that matters little matters",
         EARLIEST,
         "(gradient[0].abs().sum(-1) > 0.01 * gradient.abs().max()).nonzero()[0]",
+    ),
+    (
+        "from a threshold on",
+        "holes",
+        "a token that matters little matters",
+        EARLIEST,
+        "(gradient[0].abs().sum(-1) > 1e-3).nonzero()[0]",
     ),
     (
         "the first entry of last",
