@@ -75,8 +75,8 @@ def visible(q_pos: Tensor, k_pos: Tensor, window: int | None = None) -> Tensor:
     """True where a query sees a key; elementwise, so that q_pos[:, None] and k_pos[None, :] give
     the (t s) mask.
 
-    The one definition of causality and of a window (flex repeats it for whole blocks): `window`
-    keys, the query's own included. By this mask, and by what rotated layers below have written, a
+    The one definition of causality and of a window (is_causal and flex's blocks repeat it):
+    `window` keys, the query's own included. By this mask, and by what rotated layers below wrote, a
     layer without positions tells an order too. A key position of -1 is an empty slot of a cache.
 
         full (None)        window = 3
@@ -135,15 +135,15 @@ BACKENDS = ("auto", "reference", "sdpa", "banded", "flex")
 def kernel_for(
     window: int | None, t: int, device: torch.device, backend="auto", q_pos=None, k_pos=None
 ) -> Kernel:
-    """Causal attention of t queries as a function of (q, k, v); a mask, where it needs one, is made
-    here, once for all layers of one window. Positions as in `attention_weights`.
+    """Causal attention of t queries as a function of (q, k, v), for all layers of one window; the
+    masks of sdpa and flex are made here, once. Positions as in `attention_weights`.
 
         reference   the lines above                                     tests, readers
         sdpa        PyTorch's fused kernel, a dense mask for a window   anywhere
         banded      queries in blocks, each with the keys it reaches    windows, on any device
         flex        compiled FlexAttention with a block mask            windows, on CUDA
 
-    Raises ValueError where a backend cannot do what is asked; nothing falls back in silence.
+    Raises ValueError where a backend cannot do what is asked.
     """
     if window is not None and window < 1:
         raise ValueError(f"window {window} sees nothing: a query sees itself, so use 1 or more")
@@ -246,7 +246,7 @@ class Attention(nn.Module):
         if spec.rope:  # a RoPE layer is told where it is, a NoPE layer not (paper, section 4)
             q, k = rotate(q, shared.table), rotate(k, shared.table)
 
-        if shared.cache is not None:  # these queries meet what was there before as well
+        if shared.cache is not None:  # these queries attend to earlier keys as well
             k, v = shared.cache.extend(layer, k, v)
 
         if shared.scale is not None and not spec.rope and spec.window is None:
@@ -306,8 +306,8 @@ def length_scale(kind: str, positions: Tensor, base: int | None) -> Tensor | Non
     """The factor on q of a full NoPE layer at `positions` (t): (t) float32, or None for "none".
 
     NoPE's softmax flattens as keys are added; these sharpen it again. `base` is the trained length
-    (SWAN's a, 2504.08719; Llama 4's floor; DroPE's unit, 2512.12167). "ssmax" (2501.19399) gives
-    ln n, to be multiplied by its learned s per head. ValueError for an unknown kind or no base.
+    (Llama 4's floor; DroPE's unit, 2512.12167; SWAN's a, 2504.08719: 362 of 1,024). "ssmax" gives
+    ln n (2501.19399), times a learned s per head. ValueError for an unknown kind or no base.
     """
     one_of("length_scale", kind, LENGTH_SCALES)
     n = positions.float()

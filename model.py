@@ -2,7 +2,7 @@
 
 The architecture is the paper's (arXiv 2501.18795, sections 2 and 5) as Command R7B ships it: one
 bias-free LayerNorm feeds attention and SwiGLU in parallel; tied embeddings; logits times
-`logit_scale`. Modules and weights have Hugging Face's names, so a checkpoint needs no renaming.
+`logit_scale`. Modules have Hugging Face's names: a checkpoint puts `model.` before them, no more.
 """
 
 import math
@@ -28,7 +28,7 @@ class ModelConfig:
 
     `pattern` has one letter a layer and is tiled; capital sees all, small sees `window` keys:
 
-        R  RoPE, every earlier token        N  no position, every earlier token
+        R  RoPE, every token so far         N  no position, every token so far
         r  RoPE, a window                   n  no position, a window
 
     R is RoPE, N NoPE, RN RNoPE (section 4), rrrN RNoPE-SWA (section 5), Nrrr SWAN-GPT's order.

@@ -149,7 +149,7 @@ def autocast(run: Run):
 
 
 def evaluate(run: Run, stage: Stage, held_out: Needles | None, log: Log) -> str:
-    """Validation loss, and needles as dense as in training, at its longest length; a save."""
+    """Validation loss, and needles as dense as in training, at a stage's longest length; a save."""
     nats, bits = validation_loss(run.model, run.corpus, stage.longest, run.recipe.eval_tokens)
     entry = {"step": run.step, "length": stage.longest, "val_loss": nats, "val_bits_per_byte": bits}
     line = f"step {run.step}: validation loss {nats:.3f}, {bits:.3f} bits per byte"
@@ -198,7 +198,8 @@ def announce(run: Run) -> None:
     times = epochs(run.corpus, run.needles, recipe)
     tokens = f"{recipe.steps} steps of {recipe.batch_tokens:,} tokens"
     warning = f"; WARNING: more than {EPOCHS_TO_WARN} teach by heart, a larger corpus is wanted"
-    print(f"{tokens}: {times:.2f} epochs of the corpus" + warning * (times > EPOCHS_TO_WARN))
+    warning = warning if times > EPOCHS_TO_WARN else ""
+    print(f"{tokens}: {times:.2f} epochs of the corpus{warning}")
 
 
 def finish(run: Run, held_out: Needles | None, log: Log) -> None:

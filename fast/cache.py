@@ -1,4 +1,4 @@
-"""The KV cache: what a token has to remember of those before it, and no more."""
+"""The KV cache: what later tokens attend to, and no more."""
 
 import os
 from copy import copy
@@ -37,10 +37,10 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
         self.v = [torch.zeros_like(k) for k in self.k]
         # By the size of the ring: the position in each slot, and of the present step the slots that
-        # its newest keys go to and the positions of the keys that its queries meet.
+        # its newest keys go to and the positions of the keys that its queries attend to.
         self.positions = {rows: torch.full((rows,), -1, device=device) for rows in set(self.rows)}
         self.slots: dict[int, Tensor] = {}
-        self.met: dict[int, Tensor] = {}
+        self.k_pos: dict[int, Tensor] = {}
         self.clock: Tensor | None = None  # see `fixed`
 
     def ring(self, window: int | None) -> int:
@@ -56,30 +56,30 @@ class KVCache:
         else:
             q_pos = self.clock.clone()
             self.clock += t
-        self.slots, self.met = {}, {}
+        self.slots, self.k_pos = {}, {}
         for rows, held in self.positions.items():
             newest = q_pos if t <= rows else q_pos[-rows:]
             self.slots[rows] = newest % rows
             if self.overflows(rows, t):
-                self.met[rows] = torch.cat((held[: min(self.length - t, rows)], q_pos))
+                self.k_pos[rows] = torch.cat((held[: min(self.length - t, rows)], q_pos))
             else:
-                self.met[rows] = held if self.is_whole(rows) else held[: self.length]
+                self.k_pos[rows] = held if self.is_whole(rows) else held[: self.length]
             held.index_copy_(0, self.slots[rows], newest)
         return q_pos
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's k and v (b k t d) of the tokens just advanced over -> the keys and values
-        that their queries meet (b k s d), at the positions `key_positions`."""
+        that their queries attend to (b k s d), at the positions `key_positions`."""
         rows, t = self.rows[layer], k.shape[2]
         k_held, v_held, slots = self.k[layer], self.v[layer], self.slots[rows]
         k, v = k.to(k_held.dtype), v.to(k_held.dtype)
         if self.overflows(rows, t):
             held = min(self.length - t, rows)
-            k_met = torch.cat((k_held[:, :, :held], k), dim=2)
-            v_met = torch.cat((v_held[:, :, :held], v), dim=2)
+            k_all = torch.cat((k_held[:, :, :held], k), dim=2)
+            v_all = torch.cat((v_held[:, :, :held], v), dim=2)
             k_held.index_copy_(2, slots, k[:, :, -rows:])
             v_held.index_copy_(2, slots, v[:, :, -rows:])
-            return k_met, v_met
+            return k_all, v_all
         k_held.index_copy_(2, slots, k)
         v_held.index_copy_(2, slots, v)
         if self.is_whole(rows):
@@ -87,16 +87,16 @@ class KVCache:
         return k_held[:, :, : self.length], v_held[:, :, : self.length]
 
     def key_positions(self, window: int | None) -> Tensor:
-        """(s) positions of the keys that this step's queries meet in layers of that window."""
-        return self.met[self.ring(window)]
+        """(s) positions of the keys that this step's queries attend to, by a layer's window."""
+        return self.k_pos[self.ring(window)]
 
     def overflows(self, rows: int, t: int) -> bool:
-        """Must the queries of a chunk meet keys that the ring has no room for beside the newest?
-        One token, or a ring that never comes round, need not."""
+        """Must the queries of a chunk attend to keys whose slots its newest take? One token, or a
+        ring that never comes round, need not."""
         return t > 1 and rows < self.max_length
 
     def is_whole(self, rows: int) -> bool:
-        """Do queries meet every row of a ring? Else those up to `length`."""
+        """Do queries attend to every row of a ring? Else those up to `length`."""
         return self.clock is not None or self.length >= rows
 
     @property
@@ -105,12 +105,12 @@ class KVCache:
         return self.clock is None and self.length == 0
 
     def all_visible(self, t: int) -> bool:
-        """Does each of t queries see every key that it meets? One does, unless `fixed`."""
+        """Does each of t queries see every key that it is given? One does, unless `fixed`."""
         return t == 1 and self.clock is None
 
     def fixed(self) -> "KVCache":
         """A twin in this memory for single tokens at shapes that never change, to be compiled: time
-        is a tensor, rings are met whole, empty slots masked. The cache itself must `reserve`."""
+        is a tensor, rings are read whole, empty slots masked. The cache itself must `reserve`."""
         twin = copy(self)
         twin.clock = torch.tensor([self.length], device=self.k[0].device)
         return twin

@@ -2,7 +2,7 @@
 
 Every kernel here takes q (b h t d), k and v (b k s d) and returns (b h t d), as
 `attention_weights(q, k, window) @ v` in attention.py defines it. What a query sees comes in as the
-argument `visible`, so that causality and windows are defined in one place only.
+argument `visible`, of attention.py; torch's is_causal and block_mask's corners repeat it alone.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def rotate_complex(x: Tensor, table: Tensor) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal=False) -> Tensor:
-    """Queries see the keys where mask (t s) is True, `is_causal` those before them, else all."""
+    """Queries see keys where mask (t s) is True, `is_causal` those up to their own, else all."""
     b, h, t, d = q.shape
     group = h // k.shape[1]
 

@@ -131,8 +131,8 @@ def advance_by_slot(self, t):
     """The planted bug: the ring's rows taken to be in order of age, as they stand before it first
     turns."""
     q_pos = KVCache.advance(self, t)
-    for rows, positions in self.met.items():
-        self.met[rows] = torch.arange(self.length - len(positions), self.length)
+    for rows, positions in self.k_pos.items():
+        self.k_pos[rows] = torch.arange(self.length - len(positions), self.length)
     return q_pos
 
 
