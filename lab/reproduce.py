@@ -223,10 +223,11 @@ def first_step(curve: list[tuple[int, float]]) -> int:
 
 
 def slope(lab: Lab, label: str, task: str) -> np.ndarray:
-    """Nats a doubling of the distance in the last layer of a variant, or of rrrN at the start."""
+    """Nats a doubling of the distance in the last layer of a variant after the same steps for all,
+    or of rrrN at the start."""
     if label != "start":
-        return lab.mass(lab.base(label), "logit_slope", times=1)
-    made = [runs.record(plan, lab.corpus, what="attention") for plan in lab.base("rrrN")]
+        return lab.mass(lab.same_steps(label), "logit_slope", times=1)
+    made = [runs.record(plan, lab.corpus, what="attention") for plan in lab.same_steps("rrrN")]
     return np.array([each["start"][0]["logit_slope"] for each in made])
 
 
@@ -301,7 +302,8 @@ class Part(NamedTuple):
 
 def parts_of(lab: Lab, number: int) -> list[Part]:
     """A claim, measured; by MORE seeds what three or more leave open, where they may be run. Where
-    nothing may run, a part without its records shows nothing."""
+    nothing may run, by MORE seeds wherever all are recorded, and a part without its records shows
+    nothing."""
     tokens = lab.tokens, CLAIMS[number].get("tokens", 0)
     measured = lambda lab, row: compare(lab, *row)._replace(tokens=tokens)
     more, parts = replace(lab, seeds=list(range(1, MORE + 1))), []
@@ -309,7 +311,8 @@ def parts_of(lab: Lab, number: int) -> list[Part]:
         part = Part(named(lab, row[0]), {}, np.array([]))
         with suppress(runs.NotRecorded):
             part = measured(lab, row)
-            if verdict(part) == "not decided" and 3 <= len(lab.seeds) < MORE:
+            wanted = verdict(part) == "not decided" or not runs.MAY_RUN
+            if wanted and 3 <= len(lab.seeds) < MORE:
                 part = measured(more, row)
         parts.append(part)
     return parts
@@ -521,12 +524,10 @@ def main(argv: list[str] | None = None) -> None:
     suffix, flag = "-".join(["", *some]), " ".join([" --only", *some] if some else [])
     folder, picture = RESULTS / f"reproduce-{args.scale}", f"retrieval{suffix}.png"
     folder.mkdir(parents=True, exist_ok=True)
-    results = {}
     for number in only:
-        results[number] = parts_of(lab, number)
-        word = summary([verdict(part) for part in results[number]])
-        print(f"{number}. {CLAIMS[number]['title']}: {word}", flush=True)
-    runs.MAY_RUN = False  # tables and picture show what there is
+        parts_of(lab, number)  # trains
+    runs.MAY_RUN = False  # verdicts, tables and picture show what there is
+    results = {number: parts_of(lab, number) for number in only}
     lab.drop_unfinished()
     picture = picture if lab.first & VARIANTS.keys() else ""  # which has no variant of claim 9
     if picture:
@@ -537,6 +538,9 @@ def main(argv: list[str] | None = None) -> None:
     whole = all(len(part.differences) for parts in results.values() for part in parts)
     flag += "" if whole else " --recorded"
     out.write_text(report(lab, results, picture, flag), encoding="utf-8")
+    for number, parts in results.items():
+        word = summary([verdict(part) for part in parts])
+        print(f"{number}. {CLAIMS[number]['title'].strip()}: {word}")
     print(f"written to {out}")
 
 

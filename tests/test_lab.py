@@ -599,6 +599,7 @@ def test_long_context_writes_a_page(tmp_path, monkeypatch, capsys):
     for module in (runs, long_context):
         monkeypatch.setattr(module, "record", rated)
     monkeypatch.setattr(long_context, "default_corpus", lambda: None)
+    monkeypatch.setattr(long_context, "LEARNED", 0.2)  # they all find .25, at 512 too
     long_context.main(["--out", str(tmp_path / "page")])
     text = (tmp_path / "page.md").read_text()
     assert "| R | 0.25 ± 0.00" in text and "R, extended with YARN" in text
@@ -610,10 +611,11 @@ def test_long_context_writes_a_page(tmp_path, monkeypatch, capsys):
     # every row that it speaks of is there
     compared = len(runs.TASKS) * len(long_context.PAGE["reported"])
     assert text.count("0.25 against 0.25: not shown") == compared
+    monkeypatch.setattr(long_context, "LEARNED", 0.8)
     few = ["--only", "rrrN", "rrrR", "--rates", "0.01", "--out", str(tmp_path / "few")]
     long_context.main(few)  # at .01 rrrN finds .7
     text = (tmp_path / "few.md").read_text()
-    assert "| rrrN; rrrR | 8,192 | 0.25 against 0.25: not learned |" in text
+    assert "| rrrN; rrrR | 8,192 | 0.25 against 0.25: not at 512 |" in text
     with pytest.raises(SystemExit):
         long_context.main(["--only", "Q"])
     assert "--only: invalid choice: 'Q'" in capsys.readouterr().err
