@@ -170,7 +170,7 @@ class Transformer(nn.Module):
             if whole:  # "banded" is for windows: full layers then take sdpa
                 chosen = "sdpa" if chosen == "banded" and window is None else chosen
                 return attention.kernel_for(window, t, device, chosen)
-            if cache.all_visible(t):
+            if cache.all_visible(t) and backend != "reference":
                 return sdpa  # one query, and the ring holds just what it sees: no mask
             chosen = "reference" if chosen == "reference" else "sdpa"  # others take whole sequences
             return attention.kernel_for(window, t, device, chosen, q_pos, k_pos)

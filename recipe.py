@@ -88,8 +88,7 @@ class Recipe:
         return self.stretch * sum(phase.steps for phase in self.phase)
 
     def stages(self) -> list["Stage"]:
-        """The phases with every override carried forward, and the steps that each learning-rate
-        schedule covers."""
+        """The phases, every override carried forward, with the steps of their schedules."""
         return self._stages
 
     @cached_property
@@ -99,7 +98,8 @@ class Recipe:
         for number, phase in enumerate(self.phase, 1):
             changes = given(phase, OVERRIDES)
             if changes.get("rope_scaling", "none") != "none":
-                changes.setdefault("rope_original_length", config.trained_length)
+                own = config.rope_original_length if config.rope_scaling == "none" else None
+                changes.setdefault("rope_original_length", own or config.trained_length)
             held |= given(phase, HELD)
             longest = max(config.trained_length or 0, *phase.lengths)
             try:

@@ -26,8 +26,10 @@ def read_run(folder: Path) -> dict:
         run = read_json(folder / "run.json")
         model, words = run["recipe"]["model"], list(run["arguments"])
         where = {key: str(run[key]) for key in ("corpus", "python", "torch", "device", "threads")}
-        if "--out" in words:
-            del words[words.index("--out") : words.index("--out") + 2]
+        said = dict(zip(words, words[1:]))
+        went_on = said.get("--max-steps") != str(final["step"])  # past where it first stopped
+        for flag in said.keys() & {"--out", *(["--max-steps"] if went_on else [])}:
+            del words[words.index(flag) : words.index(flag) + 2]
         return {
             "where": where,
             "seed": run["recipe"]["seed"],

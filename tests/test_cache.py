@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+import attention
 import engine
 import model as model_module
 from attention import KVCache, LayerSpec
@@ -119,6 +120,16 @@ def test_every_backend(backend):
             rtol=0,
             atol=1e-12 * expected.abs().max().item(),
         )
+
+
+def test_the_reference_decodes_by_itself(monkeypatch):
+    """Its twin would prove nothing."""
+    model, calls = tiny("rrrN"), []
+    model.backend, reference = "reference", attention.reference
+    spy = lambda *args, **more: calls.append(1) or reference(*args, **more)
+    monkeypatch.setattr(attention, "reference", spy)
+    cached(model, text(2, 7), [6, 1])
+    assert len(calls) == 2 * len(model.plan)
 
 
 def test_float32_over_many_windows():

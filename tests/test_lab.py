@@ -71,6 +71,11 @@ def test_the_table_of_runs(tmp_path, capsys):
     assert rows[0] == "| `rrrN` | 1 | 2.500 | 1.500 | 0.95 ± 0.01 | 0.95 ± 0.01 | 2.0 |  |"
     assert rows[1].startswith("| `R` QK-Norm |") and rows[1].endswith("not learned in this time |")
     assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+    run = tmp_path / "a" / "run.json"  # it first stopped after one step, and went on
+    words = {**json.loads(run.read_text()), "arguments": ["--max-steps", "1", "--seed", "1"]}
+    run.write_text(json.dumps(words))
+    table.main([str(tmp_path / "a")])
+    assert "\npython train.py --seed 1\n" in capsys.readouterr().out
     log = tmp_path / "a" / "log.jsonl"  # of one example (--eval-questions 4) there is no error
     log.write_text(log.read_text().replace('"error": 0.01', '"error": NaN'))
     table.main([str(tmp_path / "a")])

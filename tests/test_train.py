@@ -979,16 +979,19 @@ def test_a_warmup_alone_starts_a_schedule_too():
 
 
 def test_yarn_without_a_length_takes_the_one_trained_before():
-    recipe = recipes.build(
-        {
-            "model": {"pattern": "R"},
-            "phase": [
-                {"steps": 1, "lengths": {"128": 1}},
-                {"steps": 1, "lengths": {"512": 1}, "rope_scaling": "yarn", "rope_factor": 4},
-            ],
-        }
-    )
-    assert recipe.stages()[1].config.rope_original_length == 128
+    tables = {
+        "model": {"pattern": "R"},
+        "phase": [
+            {"steps": 1, "lengths": {"128": 1}},
+            {"steps": 1, "lengths": {"512": 1}, "rope_scaling": "yarn", "rope_factor": 4},
+        ],
+    }
+    length = lambda recipe: recipe.stages()[1].config.rope_original_length
+    assert length(recipes.build(tables)) == 128
+    assert length(recipes.build(tables, {"rope_original_length": 64})) == 64  # what is given counts
+    had = recipes.build(tables).stages()[1].config  # another scaling's length is none of it
+    again = {"phase": [tables["phase"][0], tables["phase"][1] | {"lengths": {"1024": 1}}]}
+    assert had.rope_original_length == 128 and length(recipes.build(again, base=had)) == 512
 
 
 @pytest.mark.parametrize(
