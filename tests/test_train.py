@@ -215,7 +215,7 @@ def test_a_resume_loads_to_the_cpu(run, monkeypatch):
 
 def test_epochs_are_of_text_alone(corpus_folder, monkeypatch):
     """As counted over every sequence of a run, of which needles and questions take most: to 3%,
-    for the 16 of each length that `epochs` looks at tell the share of text to 2% (at 128 tokens)."""
+    for the 16 of each length that `epochs` looks at tell the share of text to 2% at 128."""
     corpus = load_corpus(corpus_folder)
     needles = Needles(corpus.tokenizer, corpus.train, evaluation=False)
     mixed = {"steps": 40, "lengths": {128: 3, 256: 1}}
